@@ -1,0 +1,188 @@
+"""Hashes, the weighted draw, and looking principles up."""
+
+import dataclasses
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from bylaw.constitution import Constitution, Principle, Templates, draw, parse_constitution
+
+
+def principle(id: str = "calm", **changes: object) -> Principle:
+    fields: dict = {"title": "Calm", "statement": "The assistant stays calm.", "sources": ("our own",)} | changes
+    return Principle(id=id, **fields)
+
+
+def constitution(*principles: Principle, **changes: object) -> Constitution:
+    fields: dict = {"name": "n", "version": "1", "license": "CC0-1.0", "preamble": "p"} | changes
+    return Constitution(principles=principles, **fields)
+
+
+PLAIN = """
+name = "House rules"
+version = "1"
+license = "CC0-1.0"
+preamble = "For the house."
+
+[[principle]]
+id = "calm"
+title = "Calm"
+statement = "The assistant stays calm."
+sources = ["our own", "the neighbours"]
+weight = 2
+
+[[principle]]
+id = "kind"
+title = "Kindness"
+statement = "The assistant is kind to everybody."
+sources = ["our own"]
+"""
+
+# The same constitution: comments, other quotes, other key order, wrapped lines, defaults spelled out, CRLF.
+REWRITTEN = """\
+# a comment with [[principle]] and "quotes"
+version = '1'   # another
+preamble = '''
+For the house.
+'''
+license = "CC0-1.0"
+name = "House  rules"
+
+[[ principle ]]
+weight = 2.0
+sources = [
+  "our own",  # first
+  "the   neighbours",
+]
+statement = \"\"\"
+The assistant
+    stays calm.\"\"\"
+"id" = "calm"
+title = "C\\u0061lm"
+stages = ["comparison", "critique"]
+
+[[principle]]
+sources = ["our own"]
+title = "Kindness"
+tags = []
+id = "kind"
+statement = "The assistant is kind to everybody."
+weight = 1
+
+[templates]
+answer_prefix = "The answer is:"
+""".replace("\n", "\r\n")
+
+
+def test_hash_is_stable_under_rewriting_of_the_file() -> None:
+    plain, rewritten = parse_constitution(PLAIN, "a"), parse_constitution(REWRITTEN, "b")
+    assert plain == rewritten
+    assert plain.hash == rewritten.hash
+    assert [p.hash for p in plain.principles] == [p.hash for p in rewritten.principles]
+    assert len(plain.hash) == 16
+    assert set(plain.hash) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stays calm.", "stays quiet."),
+        ('"Calm"', '"Calmness"'),
+        ('id = "calm"', 'id = "calmer"'),
+        ("weight = 2", "weight = 3"),
+        ("weight = 2", 'stages = ["critique"]\nweight = 2'),
+        ("weight = 2", 'tags = ["mood"]\nweight = 2'),
+        ("weight = 2", 'critique = "Was it calm?"\nweight = 2'),
+        ("weight = 2", 'revision = "Calmer!"\nweight = 2'),
+        ("weight = 2", 'comparison = "Which is calmer?"\nweight = 2'),
+        ("the neighbours", "the neighbors"),
+    ],
+)
+def test_one_changed_word_changes_the_principle_and_the_whole(old: str, new: str) -> None:
+    before, after = parse_constitution(PLAIN, "a"), parse_constitution(PLAIN.replace(old, new, 1), "a")
+    assert before.principles[0].hash != after.principles[0].hash
+    assert before.principles[1].hash == after.principles[1].hash
+    assert before.hash != after.hash
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Templates)])
+def test_every_template_is_in_the_whole_hash(name: str) -> None:
+    templates = dataclasses.replace(Templates(), **{name: getattr(Templates(), name) + " Please."})
+    before, after = constitution(principle()), constitution(principle(), templates=templates)
+    assert before.hash != after.hash
+    assert before.principles[0].hash == after.principles[0].hash
+
+
+def test_order_changes_the_whole_hash_but_what_only_people_read_does_not() -> None:
+    a, b = principle("a"), principle("b")
+    assert constitution(a, b).hash != constitution(b, a).hash  # a draw falls on another principle
+    assert constitution(a).hash == constitution(a, name="m", version="2", license="MIT", preamble="q").hash
+
+
+@pytest.mark.parametrize(
+    ("u", "id"),
+    [
+        (0.0, "a"),
+        (0.124, "a"),
+        (0.125, "b"),
+        (0.374, "b"),
+        (0.375, "c"),
+        (0.999, "c"),
+        (math.nextafter(1.0, 0.0), "c"),
+    ],
+)
+def test_draw_by_hand(u: float, id: str) -> None:
+    # Weights 1, 2, 5: of the stretch from 0 to 8, a has [0, 1), b [1, 3), c [3, 8).
+    three = [principle("a"), principle("b", weight=2.0), principle("c", weight=5.0)]
+    assert draw(three, u).id == id
+
+
+def test_draw_shares_are_the_weights() -> None:
+    three = [principle("a"), principle("b", weight=2.0), principle("c", weight=5.0)]
+    counts = Counter(draw(three, (k + 0.5) / 800).id for k in range(800))
+    assert counts == {"a": 100, "b": 200, "c": 500}
+
+
+def test_draw_just_under_one_falls_on_the_last_whatever_the_rounding() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        some = [principle(f"p{n}", weight=rng.uniform(0.01, 3)) for n in range(rng.randint(1, 30))]
+        assert draw(some, math.nextafter(1.0, 0.0)) is some[-1]
+
+
+@pytest.mark.parametrize("u", [1.0, -0.001, math.nan, math.inf])
+def test_draw_refuses_what_is_no_uniform(u: float) -> None:
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        draw([principle()], u)
+
+
+def test_draw_refuses_an_empty_list() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        draw([], 0.5)
+
+
+def test_stages_choose_principles_in_order() -> None:
+    both = principle("both")
+    critique, comparison = principle("x", stages=("critique",)), principle("y", stages=("comparison",))
+    c = constitution(critique, both, comparison)
+    assert c.for_stage("critique") == (critique, both)
+    assert c.for_stage("comparison") == (both, comparison)
+
+
+def test_an_empty_or_unknown_stage_is_an_error() -> None:
+    c = constitution(principle(stages=("critique",)), name="lonely")
+    with pytest.raises(ValueError, match=r"'lonely' has no principle for the stage 'comparison': add"):
+        c.for_stage("comparison")
+    with pytest.raises(
+        ValueError, match=r"'critque' is not known \(did you mean 'critique'\?\)\. Allowed: critique, comparison"
+    ):
+        c.for_stage("critque")  # type: ignore[arg-type]
+
+
+def test_principle_by_id() -> None:
+    c = constitution(principle("calm"), principle("kind"))
+    assert c.principle("kind").id == "kind"
+    with pytest.raises(ValueError, match=r"'n' has no principle 'clam' \(did you mean 'calm'\?\)"):
+        c.principle("clam")
