@@ -1,0 +1,263 @@
+"""The sampling engine: batched decoding with a KV cache over the trainer's own parameters.
+
+Rows join and leave the batch at any step. A row's tokens come from counter-based draws keyed by (seed, request, position), so
+they do not depend on which other rows share its batch, and there is no generator state to save.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bylaw.kernels.attention import decode_attention
+from bylaw.kernels.philox import uniform
+from bylaw.kernels.sample import sample
+from bylaw.model.packing import Packed, pack, token_batches
+from bylaw.model.tokenizer import Tokenizer
+from bylaw.model.transformer import Transformer
+
+PREFILL_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue, as token ids. `request` names its draws: the same (seed, request) gives the same text."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    seed: int
+    request: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Sampled tokens and the log-prob of each under the distribution that it was drawn from.
+
+    A stop id is the last of `ids`; a stop string is cut off. `finish` is "length" when max_tokens or the context ran out.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length"]
+
+
+@dataclass
+class _Row:
+    index: int
+    request: Request
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class _Cache:
+    """Keys and values in dense slabs, a row per running request. Rows 0..n-1 are in use, so that a step reads one block."""
+
+    def __init__(self, model: Transformer, rows: int, slots: int) -> None:
+        config = model.config
+        shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
+        self.keys = torch.zeros(shape, device=model.device, dtype=model.embed.weight.dtype)
+        self.values = torch.zeros_like(self.keys)
+
+    def move(self, source: int, target: int) -> None:
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """New prompts as a packed stream; their keys and values are kept in the rows from `first_row` on."""
+
+    packed: Packed
+    cache: _Cache
+    rows: Tensor  # [T], the cache row of each token
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.packed.tokens
+
+    @property
+    def positions(self) -> Tensor:
+        return self.packed.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        self.cache.keys[layer, self.rows, :, self.positions] = k
+        self.cache.values[layer, self.rows, :, self.positions] = v
+        return self.packed.attend(layer, q, k, v, window)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The newest token of each running row."""
+
+    tokens: Tensor  # [n]
+    positions: Tensor  # [n]
+    cache: _Cache
+    longest: int
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        rows = torch.arange(len(self.tokens), device=q.device)
+        self.cache.keys[layer, rows, :, self.positions] = k
+        self.cache.values[layer, rows, :, self.positions] = v
+        keys = self.cache.keys[layer, : len(rows), :, : self.longest]
+        values = self.cache.values[layer, : len(rows), :, : self.longest]
+        return decode_attention(q, keys, values, self.positions + 1, window)
+
+
+class Engine:
+    """Generates and scores with `model` as it is at the time of the call: no copy of the weights, nothing kept between calls."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_rows: int = 64) -> None:
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[Request], on_finish: Callable[[int], None] = lambda index: None
+    ) -> list[Completion]:
+        """Continue each request's prompt; completions in the caller's order. `on_finish` hears each index as it is done.
+
+        Raises ValueError for an empty prompt, one that leaves no room in the context, or max_tokens below 1.
+        """
+        for request in requests:
+            self._check(request)
+        done: list[Completion | None] = [None] * len(requests)
+        waiting = deque(_Row(i, request) for i, request in enumerate(requests))
+        cache = _Cache(self.model, min(self.max_rows, len(requests)), max(map(self._span, requests), default=0))
+        running: list[_Row] = []
+        while waiting or running:
+            hidden = self._advance(running, waiting, cache)
+            self._draw(running, hidden)
+            for slot in reversed(range(len(running))):
+                completion = self._finished(running[slot])
+                if completion is not None:
+                    done[running[slot].index] = completion
+                    on_finish(running[slot].index)
+                    _release(running, slot, cache)
+        return [completion for completion in done if completion is not None]
+
+    @torch.no_grad()
+    def score(self, queries: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[list[float]]:
+        """For each (prompt, candidates) the log-prob of each candidate's tokens after the prompt, summed, at temperature 1.
+
+        Candidates that differ only in their last token share one pass. Raises ValueError for an empty prompt or candidate.
+        """
+        stems: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for q, (prompt, candidates) in enumerate(queries):
+            for c, candidate in enumerate(candidates):
+                if not len(prompt) or not len(candidate):
+                    raise ValueError(f"query {q}, candidate {c}: the prompt and the candidate need at least one token")
+                stems.setdefault((q, tuple(candidate[:-1])), []).append(c)
+        scores = [[0.0] * len(candidates) for _, candidates in queries]
+        keys = list(stems)
+        lengths = [len(queries[q][0]) + len(stem) for q, stem in keys]
+        for batch in token_batches(lengths, PREFILL_TOKENS):
+            for i, logprobs in zip(batch, self._stem_logprobs([keys[i] for i in batch], queries), strict=True):
+                q, stem = keys[i]
+                body = sum(float(logprobs[j, token]) for j, token in enumerate(stem))
+                for c in stems[keys[i]]:
+                    scores[q][c] = body + float(logprobs[len(stem), queries[q][1][c][-1]])
+        return scores
+
+    def _stem_logprobs(self, keys: list[tuple[int, tuple[int, ...]]], queries: Sequence) -> list[Tensor]:
+        """Per stem the log-probs [len(stem) + 1, V] of what follows the prompt, and each token of the stem after it."""
+        packed = pack([[*queries[q][0], *stem] for q, stem in keys], self.model.device)
+        hidden = self.model(packed)
+        counts = [len(stem) + 1 for _, stem in keys]
+        ends = packed.cu_seqlens[1:].tolist()
+        places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
+        logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
+        return list(torch.log_softmax(logits, dim=-1).split(counts))
+
+    def _span(self, request: Request) -> int:
+        return min(len(request.prompt) + request.max_tokens, self.model.config.max_position_embeddings)
+
+    def _check(self, request: Request) -> None:
+        context = self.model.config.max_position_embeddings
+        if not len(request.prompt) or request.max_tokens < 1:
+            raise ValueError(
+                f"a request needs a prompt and max_tokens of 1 or more; it has {len(request.prompt)} and {request.max_tokens}"
+            )
+        if len(request.prompt) >= context:
+            raise ValueError(f"a prompt of {len(request.prompt)} tokens leaves no room in the context of {context}")
+
+    def _advance(self, running: list[_Row], waiting: deque[_Row], cache: _Cache) -> Tensor:
+        """Hidden states [n, H] from which the next token of each running row is drawn; new rows join when room is worth it."""
+        rows = cache.keys.shape[1]
+        hidden = self._decode(running, cache) if running else None
+        # A prefill for every single free row would cost more than it brings: wait until an eighth of the batch is free.
+        if not waiting or (running and rows - len(running) < max(1, rows // 8)):
+            assert hidden is not None
+            return hidden
+        joining = [waiting.popleft() for _ in range(min(rows - len(running), len(waiting)))]
+        pieces = [] if hidden is None else [hidden]
+        for batch in token_batches([len(row.request.prompt) for row in joining], PREFILL_TOKENS):
+            pieces.append(self._prefill([joining[i] for i in batch], len(running), cache))
+            running.extend(joining[i] for i in batch)
+        return torch.cat(pieces)
+
+    def _prefill(self, joining: list[_Row], first_row: int, cache: _Cache) -> Tensor:
+        packed = pack([row.request.prompt for row in joining], self.model.device)
+        slots = torch.arange(first_row, first_row + len(joining), device=self.model.device)
+        hidden = self.model(_Prefill(packed, cache, slots.repeat_interleave(packed.cu_seqlens.diff())))
+        return hidden[packed.last]
+
+    def _decode(self, running: list[_Row], cache: _Cache) -> Tensor:
+        device = self.model.device
+        tokens = torch.tensor([row.ids[-1] for row in running], device=device)
+        positions = torch.tensor([len(row.request.prompt) + len(row.ids) - 1 for row in running], device=device)
+        return self.model(_Step(tokens, positions, cache, int(positions.max()) + 1))
+
+    def _draw(self, running: list[_Row], hidden: Tensor) -> None:
+        asked = [row.request for row in running]
+        keys = torch.tensor([(r.seed, r.request, len(row.ids)) for r, row in zip(asked, running, strict=True)])
+        uniforms = uniform(keys[:, 0], keys[:, 1], keys[:, 2])
+        temperature = torch.tensor([r.temperature for r in asked])
+        top_k, top_p = torch.tensor([r.top_k for r in asked]), torch.tensor([r.top_p for r in asked])
+        device = self.model.device
+        settings = (x.to(device) for x in (uniforms, temperature, top_k, top_p))
+        tokens, logprobs = sample(self.model.logits(hidden), *settings)
+        for row, token, logprob in zip(running, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+
+    def _finished(self, row: _Row) -> Completion | None:
+        request, ids = row.request, row.ids
+        if ids[-1] in request.stop_ids:
+            return Completion(ids=ids, logprobs=row.logprobs, finish="stop")
+        if request.stop_strings and (keep := self._before_stop(ids, request.stop_strings)) is not None:
+            return Completion(ids=ids[:keep], logprobs=row.logprobs[:keep], finish="stop")
+        if (
+            len(ids) >= request.max_tokens
+            or len(request.prompt) + len(ids) >= self.model.config.max_position_embeddings
+        ):
+            return Completion(ids=ids, logprobs=row.logprobs, finish="length")
+        return None
+
+    def _before_stop(self, ids: list[int], stop_strings: tuple[str, ...]) -> int | None:
+        """How many tokens stand before the first stop string, None while there is none. A token that runs into it goes."""
+        # A token holds at least one byte, so the string's bytes bound how many tokens it can end in.
+        tail = ids[-max(len(stop.encode()) for stop in stop_strings) - 8 :]
+        if not any(stop in self.tokenizer.decode(tail) for stop in stop_strings):
+            return None
+        text = self.tokenizer.decode(ids)
+        start = min((text.find(stop) for stop in stop_strings if stop in text), default=len(text))
+        keep = len(ids) - 1
+        while keep and len(self.tokenizer.decode(ids[:keep])) > start:
+            keep -= 1
+        return keep
+
+
+def _release(running: list[_Row], slot: int, cache: _Cache) -> None:
+    """Free a row: the last running row takes its place."""
+    last = len(running) - 1
+    if slot != last:
+        cache.move(last, slot)
+        running[slot] = running[last]
+    running.pop()

@@ -1,0 +1,84 @@
+"""Turns of dialogue drawn from a model, and the form in which they are recorded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bylaw.kernels.philox import request_id
+from bylaw.model.data import Prompt
+from bylaw.model.engine import Completion, Engine, Request
+from bylaw.model.settings import SamplingSettings
+from bylaw.model.tokenizer import Tokenizer
+
+Dialogue = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Draws turns with `engine` by `settings`. `model_hash` names the checkpoint in the records."""
+
+    engine: Engine
+    settings: SamplingSettings
+    seed: int
+    model_hash: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def turns(
+        self, dialogues: Sequence[Dialogue], keys: Sequence[tuple[str | int, ...]], limit: int
+    ) -> list[dict[str, Any]]:
+        """Continue each dialogue by one turn of at most `limit` tokens, as text records. `keys` name the draws."""
+        tokenizer, settings = self.tokenizer, self.settings
+        requests = [
+            Request(
+                prompt=tokenizer.prompt_ids(dialogue),
+                max_tokens=limit,
+                seed=self.seed,
+                request=request_id(*key),
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                stop_ids=tokenizer.stop_ids,
+                stop_strings=tokenizer.stop_strings,
+            )
+            for dialogue, key in zip(dialogues, keys, strict=True)
+        ]
+        return [text_record(completion, tokenizer) for completion in self.engine.generate(requests)]
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record needs for its text to be drawn again: seed, settings, and the hashes of model and tokenizer."""
+        settings = self.settings
+        sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        return {"seed": self.seed, "sampling": sampling, "model": self.model_hash, "tokenizer": self.tokenizer.hash}
+
+    def check_lengths(self, prompts: Sequence[Prompt], reserve: int) -> None:
+        """Raise ValueError naming the first prompt that does not leave `reserve` tokens of the context free."""
+        context = self.engine.model.config.max_position_embeddings
+        for prompt in prompts:
+            length = len(self.tokenizer.prompt_ids(prompt.messages))
+            if length + reserve > context:
+                raise ValueError(
+                    f"prompt {prompt.id!r} has {length} tokens, and with {reserve} for what this stage adds to it that is "
+                    f"more than the model's context of {context}; shorten it, lower the stage's token limits, or set "
+                    "max_prompt_tokens in the recipe to leave such prompts out"
+                )
+
+
+def text_record(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A sampled text as it is kept: its words, the very token ids (training never tokenises words again) and its end."""
+    return {"text": tokenizer.decode(completion.ids).strip(), "ids": completion.ids, "finish": completion.finish}
+
+
+def answer_ids(sampled: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """The ids of a sampled text as training sees them: one that ended at a stop string ends with eos instead."""
+    ids = list(sampled["ids"])
+    if sampled["finish"] == "stop" and (not ids or ids[-1] not in tokenizer.stop_ids):
+        ids.append(tokenizer.eos_id)
+    return ids
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    """One message of a dialogue."""
+    return {"role": role, "content": content}

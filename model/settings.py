@@ -1,0 +1,67 @@
+"""Settings that several stages share. Plain dataclasses without torch, so that `bylaw --help` is quick."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How text is drawn from a model."""
+
+    temperature: float = 1.0
+    """Softmax temperature; 0 is greedy. The paper samples everything at 1 (arXiv 2212.08073, section 3)."""
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all."""
+    max_rows: int = 64
+    """Sequences decoded together. Results do not depend on it."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (keep all) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """How parameters are updated: AdamW, a schedule, and micro-batches by a token budget."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up: constant, or down to 0 in a line or a half cosine."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    micro_batch_tokens: int = 8192
+    """Tokens in one forward and backward pass. Changes memory and speed, not the objective."""
+    save_every: int = 100
+    """Optimiser steps between training checkpoints, from which a killed stage goes on."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.beta1 < 1, "beta1", self.beta1, "at least 0 and below 1")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "at least 0 and below 1")
+        require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+        require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "1 or more")
+        require(self.save_every >= 1, "save_every", self.save_every, "1 or more")
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError naming the setting, the value it was given, and what is allowed, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r} is not possible; allowed: {allowed}")
