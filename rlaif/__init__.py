@@ -1,0 +1,1 @@
+"""RL-CAI: pairs, AI labels, reward model and PPO."""

@@ -1,0 +1,117 @@
+"""Episodes for PPO: responses drawn from the policy, scored by the reward model, with the per-token columns PPO needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bylaw.kernels.linear_logprob import linear_entropy
+from bylaw.kernels.philox import request_id
+from bylaw.model.data import Prompt
+from bylaw.model.engine import Engine, Request
+from bylaw.model.heads import ScalarModel
+from bylaw.model.packing import Packed, pack, token_batches
+from bylaw.model.supervised import token_logprobs
+from bylaw.model.transformer import Transformer
+from bylaw.rlaif.config import PPOConfig
+
+
+@dataclass
+class Rollout:
+    """One episode. The tensors are columns [R] over its response tokens."""
+
+    prompt_id: str
+    prompt: list[int]
+    response: list[int]
+    sampler_logprobs: Tensor
+    ended: bool
+    score: float = 0.0
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """How a reward model's raw score becomes an episode's score: (raw - mean) / std, less a penalty for no end."""
+
+    mean: float
+    std: float
+    missing_eos_penalty: float
+
+    def __call__(self, raw: float, ended: bool) -> float:
+        return (raw - self.mean) / self.std - (0.0 if ended else self.missing_eos_penalty)
+
+
+def sample_rollouts(
+    engine: Engine, prompts: Sequence[Prompt], config: PPOConfig, seed: int, iteration: int
+) -> list[Rollout]:
+    """One response to each prompt, plain sampling at the run's temperature; draws are named by iteration and place."""
+    tokenizer = engine.tokenizer
+    requests = [
+        Request(
+            prompt=tokenizer.prompt_ids(prompt.messages),
+            max_tokens=config.max_tokens,
+            seed=seed,
+            request=request_id("rollout", iteration, place, prompt.id),
+            temperature=config.temperature,
+            stop_ids=tokenizer.stop_ids,
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+    completions = engine.generate(requests)
+    return [
+        Rollout(prompt.id, list(request.prompt), done.ids, torch.tensor(done.logprobs), done.finish == "stop")
+        for prompt, request, done in zip(prompts, requests, completions, strict=True)
+    ]
+
+
+@torch.no_grad()
+def score_rollouts(model: ScalarModel, rollouts: Sequence[Rollout], scale: ScoreScale, budget: int) -> None:
+    """Set each rollout's score: the reward model at the response's last token, on prompt and response."""
+    for run in token_batches([len(rollout.ids) for rollout in rollouts], budget):
+        packed = pack([rollouts[i].ids for i in run], model.trunk.device)
+        for i, raw in zip(run, model(packed)[packed.last].tolist(), strict=True):
+            rollouts[i].score = scale(raw, rollouts[i].ended)
+
+
+def pack_rollouts(rollouts: Sequence[Rollout], device: torch.device) -> tuple[Packed, Tensor]:
+    """The episodes as one packed stream, and which of its tokens [T] are response tokens."""
+    packed = pack([rollout.ids for rollout in rollouts], device)
+    flags = [flag for r in rollouts for flag in [False] * len(r.prompt) + [True] * len(r.response)]
+    return packed, torch.tensor(flags, device=device)
+
+
+def response_values(model: ScalarModel, packed: Packed, response: Tensor) -> Tensor:
+    """The value [n] of the state that each response token was chosen in: the scalar head one token before it."""
+    return model(packed)[response.nonzero().squeeze(-1) - 1]
+
+
+@torch.no_grad()
+def fill_columns(
+    rollouts: Sequence[Rollout], policy: Transformer, reference: Transformer, value: ScalarModel, temperature: float
+) -> None:
+    """Set the columns logprobs, reference, values and entropy of one micro-batch.
+
+    Called with the micro-batches of the first update, so that its first ratio is exactly 1.
+    """
+    packed, response = pack_rollouts(rollouts, policy.device)
+    logprobs, hidden = token_logprobs(policy, packed, response, temperature)
+    columns = {
+        "logprobs": logprobs,
+        "reference": token_logprobs(reference, packed, response, temperature)[0],
+        "values": response_values(value, packed, response),
+        "entropy": linear_entropy(hidden, policy.head_weight, temperature),
+    }
+    lengths = [len(rollout.response) for rollout in rollouts]
+    for name, column in columns.items():
+        for rollout, piece in zip(rollouts, column.split(lengths), strict=True):
+            rollout.columns[name] = piece
+
+
+def column(rollouts: Sequence[Rollout], name: str) -> Tensor:
+    """A column [n] over the response tokens of all `rollouts`."""
+    return torch.cat([rollout.columns[name] for rollout in rollouts])
