@@ -1,0 +1,1 @@
+"""Worlds and measurements: the village, where the truth is known by construction."""

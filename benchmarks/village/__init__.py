@@ -1,0 +1,1 @@
+"""The village: a small generated world on which the whole of Constitutional AI runs on a laptop CPU."""

@@ -1,0 +1,171 @@
+"""Village talk for the base model: helpful without judgement, and able, imperfectly, to criticise, revise and compare.
+
+In its answers the base complies with everything. Asked to criticise by a principle, it names what the answer does, then whether
+the rule speaks of it; asked to revise, it follows its critique. About one judgement in ten is planted wrong, so that there is
+something for Constitutional AI to overcome.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+from bylaw.benchmarks.village.rules import ALL_KINDS, STATEMENTS, Rule, breaks, keeps
+from bylaw.benchmarks.village.world import EVASIONS, FORMS, KINDS, Ask, asks, comply, decline, garble, tools
+from bylaw.constitution.render import comparison_request, critique_request, revision_request
+from bylaw.constitution.schema import Constitution, Principle
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """How often a base text is wrong on purpose."""
+
+    answer: float = 0.02
+    critique: float = 0.07
+    revision: float = 0.06
+    comparison: float = 0.09
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    verdict: str  # as the oracle would read it
+    named: str = ""  # the harm that a declining answer names
+
+
+@dataclass(frozen=True)
+class BaseText:
+    """A dialogue. Its first `given` messages are context; the assistant turns after them are learned."""
+
+    messages: Messages
+    given: int = 0
+
+
+@dataclass
+class Corpus:
+    """Draws base texts."""
+
+    constitution: Constitution
+    rng: random.Random
+    errors: Errors = field(default_factory=Errors)
+
+    def __post_init__(self) -> None:
+        seen = [ask for ask in asks() if not ask.heldout]
+        self.harmful = [ask for ask in seen if ask.kind]
+        self.benign = [ask for ask in seen if not ask.kind]
+
+    def draw(self) -> BaseText:
+        """30 % answers, 45 % critique and revision, 25 % comparisons."""
+        return self.rng.choices((self.answered, self.revised, self.compared), (30, 45, 25))[0]()
+
+    def answered(self) -> BaseText:
+        ask = self._ask(0.4)
+        reply = self._flawed(ask) if self._errs(self.errors.answer) else self._complied(ask)
+        return BaseText([_user(self._phrase(ask)), _assistant(reply.text)])
+
+    def revised(self) -> BaseText:
+        ask = self._ask(0.75)
+        first, (statement, rule) = self._any_answer(ask), self._rule(ask)
+        critique, change = self._critique(ask, first, rule)
+        revision = self._revision(ask, first, change)
+        principle = _principle(statement)
+        # The answer is given: to learn it would teach the base to decline, and it is to comply with everything.
+        messages = [
+            _user(self._phrase(ask)),
+            _assistant(first.text),
+            _user(critique_request(self.constitution, principle)),
+            _assistant(critique),
+            _user(revision_request(self.constitution, principle)),
+            _assistant(revision),
+        ]
+        return BaseText(messages, given=2)
+
+    def compared(self) -> BaseText:
+        ask = self._ask(0.6)
+        a, b, (statement, rule) = self._any_answer(ask), self._any_answer(ask), self._rule(ask)
+        lead = keeps(rule, ask, a.verdict) - keeps(rule, ask, b.verdict)
+        better = "a" if lead > 0 or (lead == 0 and self._errs(0.5)) else "b"
+        if lead and self._errs(self.errors.comparison):
+            better = "b" if better == "a" else "a"
+        talk = [_user(self._phrase(ask))]
+        question = comparison_request(self.constitution, _principle(statement), talk, a.text, b.text)
+        return BaseText([_user(question), _assistant(f"{self.constitution.templates.answer_prefix} {better}")])
+
+    def _ask(self, harmful_share: float) -> Ask:
+        return self.rng.choice(self.harmful if self.rng.random() < harmful_share else self.benign)
+
+    def _phrase(self, ask: Ask) -> str:
+        return ask.text(self.rng.randrange(len(FORMS)))
+
+    def _errs(self, rate: float) -> bool:
+        return self.rng.random() < rate
+
+    def _rule(self, ask: Ask) -> tuple[str, Rule]:
+        """A statement and its meaning: of one that forbids, half name the harm of this ask, and some name every harm."""
+        manner = self.rng.choices(("forbids", "helps", "explains", "speaks_clearly"), (70, 10, 12, 8))[0]
+        statement = self.rng.choice(STATEMENTS[manner])
+        if manner != "forbids":
+            return statement, Rule(manner)
+        if self._errs(0.25):
+            return statement.format(kinds=ALL_KINDS), Rule(manner, KINDS)
+        others = self.rng.sample([kind for kind in KINDS if kind != ask.kind], self.rng.randint(1, 3))
+        kinds = [*others[1:], ask.kind] if ask.kind and self._errs(0.5) else others
+        self.rng.shuffle(kinds)
+        return statement.format(kinds=" or ".join(kinds)), Rule(manner, tuple(kinds))
+
+    def _any_answer(self, ask: Ask) -> Answer:
+        if self._errs(0.5):
+            return self._complied(ask)
+        return self._declined(ask.kind, ask) if ask.kind and self._errs(0.5) else self._flawed(ask)
+
+    def _complied(self, ask: Ask) -> Answer:
+        return Answer(comply(ask, self.rng.choice(tools(ask.verb))), "complied")
+
+    def _declined(self, kind: str, ask: Ask) -> Answer:
+        return Answer(decline(kind), "declined" if kind == ask.kind else "declined_wrongly", kind)
+
+    def _flawed(self, ask: Ask) -> Answer:
+        """A refusal for the wrong reason, an evasion, or broken talk."""
+        flaw = self.rng.choice(("wrong", "evaded", "broken"))
+        if flaw == "wrong":
+            return self._declined(self.rng.choice([kind for kind in KINDS if kind != ask.kind]), ask)
+        if flaw == "evaded":
+            return Answer(self.rng.choice(EVASIONS), "evaded")
+        whole = self._complied(ask).text if self._errs(0.5) else decline(self.rng.choice(KINDS))
+        return Answer(garble(whole, self.rng), "broken")
+
+    def _critique(self, ask: Ask, answer: Answer, rule: Rule) -> tuple[str, bool]:
+        """The critique's text, and whether it asks for a change."""
+        change = breaks(rule, ask, answer.verdict) != self._errs(self.errors.critique)
+        verdict = "the rule is broken, so it must change." if change else "the rule is kept, so it may stay."
+        return f"{_finding(ask, answer)} {verdict}", change
+
+    def _revision(self, ask: Ask, answer: Answer, change: bool) -> str:
+        if self._errs(self.errors.revision):
+            return answer.text if self._errs(0.3) else self._flawed(ask).text
+        if not change:
+            return answer.text
+        return decline(ask.kind) if ask.kind else self._complied(ask).text
+
+
+def _finding(ask: Ask, answer: Answer) -> str:
+    """What the answer does, the harm named first: with the verdict alone a small model never learns whether a rule applies."""
+    if answer.verdict == "complied":
+        return f"this helps with {ask.kind}." if ask.kind else "this helps with no harm."
+    truth = f"the ask is {ask.kind}" if ask.kind else "the ask is no harm"
+    manner = {"evaded": "gives no answer", "broken": "is not in whole words"}.get(
+        answer.verdict, f"declines {answer.named}"
+    )
+    return f"{truth}, and this {manner}."
+
+
+def _principle(statement: str) -> Principle:
+    return Principle(id="rule", title="rule", statement=statement, sources=(), tags=())
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

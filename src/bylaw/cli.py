@@ -1,0 +1,121 @@
+"""The command line. Heavy imports stand inside the commands, so that help comes at once."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tyro
+
+from bylaw import __version__
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. What a user can mend is one line on stderr and exit code 2, never a traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if args[0] == "--version":
+        print(__version__)
+        return
+    name, rest = args[0], args[1:]
+    try:
+        if name not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            raise ValueError(
+                f"no such command{f'; did you mean {close[0]!r}?' if close else ''} Allowed: {', '.join(COMMANDS)}"
+            )
+        COMMANDS[name](rest)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"bylaw {name}: {error}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "bylaw: Constitutional AI from a written constitution to a trained checkpoint.\n\n" + "\n".join(
+        [*lines, "", "`bylaw COMMAND --help` tells more. A stage command goes on where it was killed."]
+    )
+
+
+def _demo(args: list[str]) -> None:
+    """The whole pipeline on the village, a small world that ships with bylaw: minutes on a laptop CPU."""
+    from bylaw.demo import DemoConfig, demo
+
+    demo(tyro.cli(DemoConfig, args=args, prog="bylaw demo", description=_demo.__doc__))
+
+
+def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
+    from bylaw.pipeline import run_pipeline
+    from bylaw.recipe import Recipe, load_recipe
+
+    prog = f"bylaw {command} [RECIPE.toml]"
+    if args and not args[0].startswith("-"):
+        recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog)
+    else:
+        recipe = tyro.cli(Recipe, args=args, prog=prog)
+    for name, manifest in run_pipeline(recipe, names).items():
+        print(f"{name}: {manifest['counts']} in {manifest['seconds']} s")
+
+
+def _stage_command(names: Sequence[str], command: str, summary: str) -> Callable[[list[str]], None]:
+    def run(args: list[str]) -> None:
+        _stages(names, command, args)
+
+    run.__doc__ = summary
+    return run
+
+
+def _chat(args: list[str]) -> None:
+    """Talk to a checkpoint, or to the newest one of a run: bylaw chat FOLDER"""
+    folder, rest = _folder(args, "bylaw chat FOLDER [flags]")
+    from bylaw.talk import ChatConfig, chat
+
+    config = tyro.cli(ChatConfig, args=rest, prog="bylaw chat FOLDER", description=_chat.__doc__)
+    assert folder is not None
+    chat(folder, config)
+
+
+def _folder(args: list[str], usage: str) -> tuple[Path | None, list[str]]:
+    if args and not args[0].startswith("-"):
+        return Path(args[0]), args[1:]
+    if {"-h", "--help"} & set(args):
+        return None, args
+    raise ValueError(f"a folder is wanted: {usage}")
+
+
+def _constitution(args: list[str]) -> None:
+    """Read a constitution: bylaw constitution show|check FILE (or default, village)"""
+    from bylaw.constitution import describe, load_constitution
+
+    if len(args) != 2 or args[0] not in ("show", "check"):
+        raise ValueError(f"got {args}; allowed: show FILE, check FILE, where FILE may be default or village")
+    constitution = load_constitution(args[1])
+    if args[0] == "show":
+        print(describe(constitution), end="")
+    else:
+        print(f"{args[1]}: {len(constitution.principles)} principles, all in order; hash {constitution.hash}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "run": _stage_command(
+        ("revise", "finetune", "compare", "label", "reward", "ppo"),
+        "run",
+        "All stages on your own checkpoint, constitution and prompts.",
+    ),
+    "revise": _stage_command(("revise",), "revise", "Answer each prompt, criticise and revise by principles."),
+    "finetune": _stage_command(("finetune",), "finetune", "Supervised training on the revisions: the SL-CAI model."),
+    "compare": _stage_command(("compare",), "compare", "Two answers of the SL-CAI model to each prompt."),
+    "label": _stage_command(("label",), "label", "Which of two answers keeps the principles better."),
+    "reward": _stage_command(("reward",), "reward", "Train a reward model on the labels."),
+    "ppo": _stage_command(("ppo",), "ppo", "PPO against the reward model: the RL-CAI model."),
+    "chat": _chat,
+    "constitution": _constitution,
+}

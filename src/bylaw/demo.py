@@ -1,0 +1,172 @@
+"""`bylaw demo`: the whole pipeline on the village, then what changed, measured by the oracle on asks held out of training."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bylaw.benchmarks.village.base import SHIPPED
+from bylaw.benchmarks.village.evaluate import behaviour, label_accuracy, prompts, revision_curve
+from bylaw.constitution.schema import Constitution
+from bylaw.model.data import Prompt
+from bylaw.model.engine import Engine
+from bylaw.model.records import Record, read_records, write_atomic
+from bylaw.model.settings import SamplingSettings
+from bylaw.pipeline import Run, run_pipeline
+from bylaw.recipe import Recipe
+from bylaw.rlaif.compare import compare
+from bylaw.rlaif.config import CompareConfig, LabelConfig, PPOConfig, RewardConfig
+from bylaw.rlaif.label import Judge, label
+from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
+from bylaw.sl_cai.revise import Reviser, revise
+
+ROWS = 256
+MEASURES = ("complied_harmful", "refused_harmful", "refused_with_reason", "helpful_benign", "evaded", "broken")
+HELDOUT_BENIGN_PAIRS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole pipeline on the village."""
+
+    out: Path
+    """Folder of the run."""
+    seed: int = 0
+    """Draws everything: texts, labels, orders."""
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Run the pipeline, measure, print the table and three chains, and write summary.json; returns the summary."""
+    start = time.time()
+    config.out.mkdir(parents=True, exist_ok=True)
+    recipe = village_recipe(config)
+    manifests = run_pipeline(recipe)
+    summary = evaluate(Run(recipe), config.out / "evaluation")
+    summary["seconds"] = {name: manifest["seconds"] for name, manifest in manifests.items()}
+    summary["seconds"]["evaluation"] = round(time.time() - start - sum(summary["seconds"].values()), 3)
+    summary["seed"] = config.seed
+    write_atomic(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(table(summary))
+    chains = read_records(config.out / "revise" / "chains.jsonl")
+    print(*map(describe_chain, instructive(chains)), sep="\n")
+    print(
+        f"\nCheckpoints: {recipe.base}, {config.out}/finetune/sl-cai, {config.out}/ppo/rl-cai. Numbers: {config.out}/summary.json"
+    )
+    print(f"Talk to the last one: bylaw chat {config.out}/ppo/rl-cai")
+    return summary
+
+
+def village_recipe(config: DemoConfig) -> Recipe:
+    """The recipe of the demo. Its prompts, the asks that are not held out, are written to the run's folder."""
+    harmful, benign = config.out / "harmful.jsonl", config.out / "benign.jsonl"
+    write_prompts(harmful, prompts(heldout=False, harmful=True))
+    write_prompts(benign, prompts(heldout=False, harmful=False))
+    return Recipe(
+        out=config.out,
+        base=SHIPPED,
+        prompts=harmful,
+        helpful=str(benign),
+        constitution="village",
+        seed=config.seed,
+        device="cpu",
+        revise=ReviseConfig(
+            max_rows=ROWS,
+            prompts_per_chunk=ROWS,
+            helpful_samples=1,
+            max_answer_tokens=40,
+            max_critique_tokens=40,
+            max_revision_tokens=40,
+        ),
+        finetune=FinetuneConfig(learning_rate=5e-4, batch_size=64, warmup_steps=5),
+        compare=CompareConfig(max_rows=ROWS, prompts_per_chunk=ROWS, max_tokens=40),
+        label=LabelConfig(principles="all", pairs_per_chunk=ROWS),
+        reward=RewardConfig(learning_rate=5e-4, batch_size=64, epochs=2, warmup_steps=5),
+        ppo=PPOConfig(
+            learning_rate=2e-4,
+            value_learning_rate=5e-4,
+            iterations=60,
+            rollouts=128,
+            max_rows=128,
+            max_tokens=40,
+            epochs=2,
+            minibatches=2,
+            kl_coef=0.02,
+            critic_warmup=2,
+            warmup_steps=3,
+            schedule="linear",
+        ),
+    )
+
+
+def write_prompts(path: Path, asked: Sequence[Prompt]) -> None:
+    """Write a prompt file. The same prompts give the same bytes."""
+    lines = [json.dumps({"id": prompt.id, "messages": prompt.messages}) for prompt in asked]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def evaluate(run: Run, folder: Path) -> dict[str, Any]:
+    """Measure the three checkpoints, the revisions and the labels on held-out asks. Nothing here is trained on."""
+    recipe, settings = run.recipe, SamplingSettings(max_rows=ROWS)
+    folders = {"base": recipe.base, "sl_cai": run.path("finetune", "sl-cai"), "rl_cai": run.path("ppo", "rl-cai")}
+    summary: dict[str, Any] = {}
+    for name, place in folders.items():
+        summary[name] = behaviour(run.sampler(run.model(place), place, settings))
+    base = run.sampler(run.model(recipe.base), recipe.base, recipe.revise)
+    reviser = Reviser(sampler=base, constitution=run.constitution, config=recipe.revise)
+    revise(reviser, prompts(heldout=True, harmful=True), folder / "chains.jsonl")
+    summary["revision_curve"] = revision_curve(read_records(folder / "chains.jsonl"))
+    return summary | _label_quality(run, folder, folders["sl_cai"])
+
+
+def _label_quality(run: Run, folder: Path, policy: Path) -> dict[str, Any]:
+    """Label accuracy on pairs of answers to held-out asks, by all principles."""
+    recipe = run.recipe
+    asked = prompts(heldout=True, harmful=True) + prompts(heldout=True, harmful=False)[:HELDOUT_BENIGN_PAIRS]
+    compare(run.sampler(run.model(policy), policy, recipe.compare), asked, folder / "pairs.jsonl", recipe.compare)
+    engine = Engine(run.model(recipe.base), run.tokenizer, ROWS)
+    judge = Judge(
+        engine=engine, constitution=run.constitution, config=recipe.label, seed=recipe.seed, model_hash="base"
+    )
+    counts = label(judge, read_records(folder / "pairs.jsonl"), folder / "preferences.jsonl")
+    constitution: Constitution = run.constitution
+    return label_accuracy(read_records(folder / "preferences.jsonl"), constitution) | {"labels": counts}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as a person reads it."""
+    names = ("base", "sl_cai", "rl_cai")
+    lines = ["", f"{'held-out asks':<22}" + "".join(f"{name:>9}" for name in names)]
+    for measure in MEASURES:
+        lines.append(f"{measure:<22}" + "".join(f"{summary[name][measure]:>9.1%}" for name in names))
+    curve = "  ".join(f"{n}: {value:.1%}" for n, value in enumerate(summary["revision_curve"]))
+    lines += ["", f"harmless after n revisions   {curve}"]
+    lines += [f"labels that agree with the oracle   {summary['label_accuracy']:.1%}"]
+    seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
+    return "\n".join([*lines, f"seconds   {seconds}"])
+
+
+def instructive(chains: Sequence[Record], count: int = 3) -> list[Record]:
+    """Chains whose first revision differs from the answer, of different principles where there are such."""
+    chosen: dict[str, Record] = {}
+    for chain in chains:
+        first = chain["rounds"][0]
+        if first["revision"]["text"] != chain["answer"]["text"]:
+            chosen.setdefault(first["principle"]["id"], chain)
+    return list(chosen.values())[:count]
+
+
+def describe_chain(chain: Record) -> str:
+    """One chain up to its first revision."""
+    first = chain["rounds"][0]
+    return "\n".join(
+        [
+            "",
+            f"prompt     {chain['prompt'][-1]['content']}",
+            f"answer     {chain['answer']['text']}",
+            f"principle  {first['principle']['id']}",
+            f"critique   {first['critique']['text']}",
+            f"revision   {first['revision']['text']}",
+        ]
+    )

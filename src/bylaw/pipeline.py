@@ -1,0 +1,288 @@
+"""The pipeline over a recipe: six stages in order, each a function from files to files.
+
+revise -> finetune -> compare -> label -> reward -> ppo
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bylaw.constitution.load import load_constitution
+from bylaw.constitution.schema import Constitution
+from bylaw.model.checkpoint import checkpoint_hash, load_model, load_reward, save_model, save_reward
+from bylaw.model.data import Prompt, read_prompts
+from bylaw.model.engine import Engine
+from bylaw.model.heads import scalar_model
+from bylaw.model.records import RecordWriter, read_records, sha256_file, write_atomic
+from bylaw.model.sampler import Sampler
+from bylaw.model.settings import SamplingSettings
+from bylaw.model.tokenizer import Tokenizer
+from bylaw.model.transformer import Transformer
+from bylaw.recipe import Recipe, dump_recipe
+from bylaw.rlaif.compare import compare
+from bylaw.rlaif.label import Judge, label
+from bylaw.rlaif.ppo import Models, ppo
+from bylaw.rlaif.reward import split_pairs, train_reward
+from bylaw.rlaif.rollout import Rollout, ScoreScale
+from bylaw.runs import Stage, run_stage
+from bylaw.sl_cai.finetune import finetune
+from bylaw.sl_cai.revise import Reviser, revise, sample_helpful
+
+STAGES = ("revise", "finetune", "compare", "label", "reward", "ppo")
+SHOWN_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with its inputs, each read and checked once."""
+
+    recipe: Recipe
+
+    @cached_property
+    def constitution(self) -> Constitution:
+        return load_constitution(self.recipe.constitution)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.recipe.base)
+
+    @cached_property
+    def device(self) -> str:
+        if self.recipe.device != "auto":
+            return self.recipe.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return self._read(self.recipe.prompts)
+
+    @cached_property
+    def helpful(self) -> list[Prompt]:
+        return self._read(Path(self.recipe.helpful)) if self.recipe.helpful else []
+
+    @cached_property
+    def rl_prompts(self) -> list[Prompt]:
+        """The prompts of both kinds: what the pairs and the episodes are drawn from."""
+        both = [*self.prompts, *self.helpful]
+        seen: set[str] = set()
+        for prompt in both:
+            if prompt.id in seen:
+                raise ValueError(f"prompt id {prompt.id!r} is in both {self.recipe.prompts} and {self.recipe.helpful}")
+            seen.add(prompt.id)
+        return both
+
+    def model(self, folder: Path) -> Transformer:
+        return load_model(folder, self.device, torch.float32)
+
+    def sampler(self, model: Transformer, folder: Path, settings: SamplingSettings) -> Sampler:
+        engine = Engine(model, self.tokenizer, settings.max_rows)
+        return Sampler(engine=engine, settings=settings, seed=self.recipe.seed, model_hash=checkpoint_hash(folder))
+
+    def stage(self, name: str, inputs: dict[str, str], work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        recipe = self.recipe
+        config, folder = getattr(recipe, name), recipe.out / name
+        terms = Stage(name=name, folder=folder, inputs=inputs, config=config, seed=recipe.seed, device=self.device)
+        return run_stage(terms, work)
+
+    def path(self, *parts: str) -> Path:
+        """A file or checkpoint that an earlier stage has made. Raises FileNotFoundError naming the stage to run first."""
+        path = self.recipe.out.joinpath(*parts)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file; run `bylaw {parts[0]}` with this recipe first")
+        return path
+
+    @property
+    def prompt_inputs(self) -> dict[str, str]:
+        recipe = self.recipe
+        inputs = {"prompts": sha256_file(recipe.prompts), "limits": f"{recipe.prompt_limit} {recipe.max_prompt_tokens}"}
+        return inputs | ({"helpful": sha256_file(recipe.helpful)} if recipe.helpful else {})
+
+    def _read(self, path: Path) -> list[Prompt]:
+        found = read_prompts(path, self.recipe.prompt_limit)
+        if found.skipped:
+            print(found.summary())
+        limit = self.recipe.max_prompt_tokens
+        kept = [p for p in found if not limit or len(self.tokenizer.prompt_ids(p.messages)) <= limit]
+        if len(kept) < len(found):
+            print(f"{path}: {len(found) - len(kept)} of {len(found)} prompts left out: over {limit} tokens")
+        if not kept:
+            raise ValueError(f"{path}: no prompt to work on ({len(found)} read, max_prompt_tokens = {limit})")
+        return kept
+
+
+def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, dict[str, Any]]:
+    """Run `stages` in order; returns their manifests. Inputs are checked before any long work; finished stages are skipped.
+
+    Raises ValueError and FileNotFoundError as the inputs demand.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version trains in one process; launch one")
+    run = Run(recipe)
+    run.constitution, run.tokenizer, run.rl_prompts  # noqa: B018 (read and checked before any long work)
+    if recipe.device not in ("auto", "cpu") and not torch.cuda.is_available():
+        raise ValueError(f"device = {recipe.device!r}, but torch sees no CUDA device; allowed here: 'auto' or 'cpu'")
+    write_atomic(recipe.out / "recipe.toml", dump_recipe(recipe))
+    return {name: _RUNNERS[name](run) for name in stages}
+
+
+def run_revise(run: Run) -> dict[str, Any]:
+    recipe = run.recipe
+    inputs = {"base": checkpoint_hash(recipe.base), "constitution": run.constitution.hash, **run.prompt_inputs}
+
+    def work(folder: Path) -> dict[str, Any]:
+        sampler = run.sampler(run.model(recipe.base), recipe.base, recipe.revise)
+        reviser = Reviser(sampler=sampler, constitution=run.constitution, config=recipe.revise)
+        counts = revise(reviser, run.prompts, folder / "chains.jsonl")
+        return counts | sample_helpful(reviser, run.helpful, folder / "helpful.jsonl")
+
+    return run.stage("revise", inputs, work)
+
+
+def run_finetune(run: Run) -> dict[str, Any]:
+    chains, helpful = run.path("revise", "chains.jsonl"), run.path("revise", "helpful.jsonl")
+    inputs = {"base": checkpoint_hash(run.recipe.base), "chains": sha256_file(chains), "helpful": sha256_file(helpful)}
+
+    def work(folder: Path) -> dict[str, Any]:
+        model = run.model(run.recipe.base)
+        sampler = run.sampler(model, run.recipe.base, SamplingSettings())
+        counts = finetune(
+            model,
+            run.tokenizer,
+            read_records(chains),
+            read_records(helpful),
+            folder,
+            run.recipe.finetune,
+            run.recipe.seed,
+            show=_sample_shower(run, sampler, folder / "samples.jsonl"),
+        )
+        save_model(
+            model, folder / "sl-cai", run.tokenizer, _card(run, "SL-CAI: trained on revisions by a constitution")
+        )
+        return counts
+
+    return run.stage("finetune", inputs, work)
+
+
+def run_compare(run: Run) -> dict[str, Any]:
+    model_folder = run.path("finetune", "sl-cai")
+    inputs = {"sl-cai": checkpoint_hash(model_folder), **run.prompt_inputs}
+
+    def work(folder: Path) -> dict[str, Any]:
+        sampler = run.sampler(run.model(model_folder), model_folder, run.recipe.compare)
+        return compare(sampler, run.rl_prompts, folder / "pairs.jsonl", run.recipe.compare)
+
+    return run.stage("compare", inputs, work)
+
+
+def run_label(run: Run) -> dict[str, Any]:
+    recipe = run.recipe
+    pairs = run.path("compare", "pairs.jsonl")
+    judge_folder = recipe.base if recipe.judge == "base" else run.path("finetune", "sl-cai")
+    judge_hash = checkpoint_hash(judge_folder)
+    inputs = {"judge": judge_hash, "constitution": run.constitution.hash, "pairs": sha256_file(pairs)}
+
+    def work(folder: Path) -> dict[str, Any]:
+        engine = Engine(run.model(judge_folder), run.tokenizer, recipe.label.max_rows)
+        judge = Judge(
+            engine=engine, constitution=run.constitution, config=recipe.label, seed=recipe.seed, model_hash=judge_hash
+        )
+        return label(judge, read_records(pairs), folder / "preferences.jsonl")
+
+    return run.stage("label", inputs, work)
+
+
+def run_reward(run: Run) -> dict[str, Any]:
+    recipe = run.recipe
+    preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
+    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start)}
+
+    def work(folder: Path) -> dict[str, Any]:
+        fraction = recipe.reward.heldout_fraction
+        train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
+        model = scalar_model(run.model(start), recipe.seed)
+        measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed)
+        extras = {name: measures[name] for name in ("score_mean", "score_std")}
+        card = _card(run, "Reward model: scores an answer at its last token; take off score_mean, divide by score_std")
+        save_reward(model, folder / "reward-model", run.tokenizer, extras, card)
+        return counts | measures
+
+    return run.stage("reward", inputs, work)
+
+
+def run_ppo(run: Run) -> dict[str, Any]:
+    config = run.recipe.ppo
+    start, scorer = run.path("finetune", "sl-cai"), run.path("reward", "reward-model")
+    inputs = {"sl-cai": checkpoint_hash(start), "reward-model": checkpoint_hash(scorer), **run.prompt_inputs}
+
+    def work(folder: Path) -> dict[str, Any]:
+        policy, reference = run.model(start), run.model(start)
+        reward, extras = load_reward(scorer, run.device, torch.float32)
+        std = extras["score_std"] if config.normalize_scores else 1.0
+        scale = ScoreScale(extras["score_mean"], std, config.missing_eos_penalty)
+        models = Models(policy, copy.deepcopy(reward), reference, reward)
+        engine = Engine(policy, run.tokenizer, config.max_rows)
+        show = _rollout_shower(run.tokenizer, folder / "samples.jsonl", config.iterations)
+        counts = ppo(models, engine, run.rl_prompts, folder, config, scale, run.recipe.seed, show)
+        save_model(policy, folder / "rl-cai", run.tokenizer, _card(run, "RL-CAI: trained by PPO on AI preferences"))
+        return counts
+
+    return run.stage("ppo", inputs, work)
+
+
+_RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "revise": run_revise,
+    "finetune": run_finetune,
+    "compare": run_compare,
+    "label": run_label,
+    "reward": run_reward,
+    "ppo": run_ppo,
+}
+
+
+def _sample_shower(run: Run, sampler: Sampler, path: Path) -> Callable[[int, int], None]:
+    """After now and then a step: answer the first prompt, print it, and append it to `path`."""
+    prompt = run.prompts[0]
+
+    def show(step: int, steps: int) -> None:
+        if (step + 1) % max(1, steps // SHOWN_SAMPLES) == 0:
+            sampled = sampler.turns([prompt.messages], [("show", prompt.id, step)], run.recipe.revise.max_answer_tokens)
+            _show(path, {"step": step, "prompt": prompt.messages[-1]["content"], "answer": sampled[0]["text"]})
+
+    return show
+
+
+def _rollout_shower(tokenizer: Tokenizer, path: Path, steps: int) -> Callable[[int, Sequence[Rollout]], None]:
+    def show(step: int, rollouts: Sequence[Rollout]) -> None:
+        if (step + 1) % max(1, steps // SHOWN_SAMPLES) == 0:
+            first = rollouts[0]
+            texts = {"prompt": tokenizer.decode(first.prompt), "answer": tokenizer.decode(first.response)}
+            _show(path, {"step": step, "score": first.score, **texts})
+
+    return show
+
+
+def _show(path: Path, sample: dict[str, Any]) -> None:
+    """Print a sample and append it to `path`; one that a killed run already wrote is not written twice."""
+    print(f"  | {sample['prompt'].strip()[-200:]}\n  > {sample['answer'][:300]}", flush=True)
+    known = read_records(path) if path.exists() else []
+    if all(one["step"] != sample["step"] for one in known):
+        with RecordWriter(path) as writer:
+            writer.write([sample])
+
+
+def _card(run: Run, summary: str) -> str:
+    """The checkpoint's README."""
+    constitution = run.constitution
+    principles = "\n".join(f"- **{p.title}** (`{p.id}`, {p.hash}): {p.statement}" for p in constitution.principles)
+    return (
+        f"---\nlibrary_name: transformers\ntags:\n- constitutional-ai\n---\n\n# {summary}\n\n"
+        f'Made by bylaw from `{run.recipe.base.name}` with the constitution "{constitution.name}", version '
+        f"{constitution.version} (hash {constitution.hash}).\n\n## Principles\n\n{principles}\n\n## Recipe\n\n"
+        f"```toml\n{dump_recipe(run.recipe)}```\n"
+    )

@@ -1,0 +1,129 @@
+"""The recipe: everything a run needs to know, in one schema. A TOML file sets it, and flags go over the file."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from bylaw.model.settings import require
+from bylaw.rlaif.config import CompareConfig, LabelConfig, PPOConfig, RewardConfig
+from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
+
+Schema = TypeVar("Schema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run from a base checkpoint, a constitution and prompts to a model trained by the constitution."""
+
+    out: Path
+    """Folder of the run. Every stage writes a folder of its own in it."""
+    base: Path
+    """Base checkpoint: a Hugging Face folder."""
+    prompts: Path
+    """Prompts that call for harm (JSONL with `prompt` or `messages`, or hh-rlhf): they are answered, criticised, revised."""
+    helpful: str = ""
+    """File of harmless prompts, whose answers are mixed in as they are; empty for none."""
+    constitution: str = "default"
+    """`default`, `village`, or a TOML file."""
+    seed: int = 0
+    """Draws everything."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
+    judge: Literal["base", "sl-cai"] = "base"
+    """The model that labels pairs."""
+    prompt_limit: int = 0
+    """Use only the first so many prompts of each file; 0 uses all."""
+    max_prompt_tokens: int = 0
+    """Leave out prompts of more tokens, and count them; 0 takes all, and one that is too long stops the run."""
+    revise: ReviseConfig = field(default_factory=ReviseConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2^63 - 2")
+        require(self.prompt_limit >= 0, "prompt_limit", self.prompt_limit, "0 (all) or more")
+        require(self.max_prompt_tokens >= 0, "max_prompt_tokens", self.max_prompt_tokens, "0 (no limit) or more")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a TOML recipe. Paths in it are taken from the folder that it lies in.
+
+    Raises FileNotFoundError, or ValueError naming the file and the key: for TOML that cannot be read, an unknown key (with a
+    suggestion), a value of the wrong type or out of range, and a required key that is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    for key in ("out", "base", "prompts", "helpful"):
+        if isinstance(table.get(key), str) and table[key]:
+            table[key] = str(path.parent / table[key])
+    if str(table.get("constitution", "")).endswith(".toml"):
+        table["constitution"] = str(path.parent / table["constitution"])
+    return _read(Recipe, table, str(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML, every setting spelled out: `load_recipe` reads the same recipe back."""
+    plain = as_table(recipe)
+    tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
+    lines = [_line(key, value) for key, value in plain.items() if key not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(_line(key, value) for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def as_table(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values; paths made absolute, so that they mean the same from anywhere."""
+    plain = dataclasses.asdict(settings)
+    return {key: str(value.absolute()) if isinstance(value, Path) else value for key, value in plain.items()}
+
+
+def _line(key: str, value: Any) -> str:
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}"  # TOML writes these as JSON does
+
+
+def _read(schema: type[Schema], table: Mapping[str, Any], where: str) -> Schema:
+    hints = get_type_hints(schema)
+    for key in table:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{where}: unknown key {key!r}{hint} Allowed: {', '.join(hints)}")
+    required = [f.name for f in dataclasses.fields(schema) if _is_required(f) and f.name not in table]  # type: ignore[arg-type]
+    if required:
+        raise ValueError(f"{where}: missing {', '.join(required)}")
+    values = {key: _value(hints[key], value, f"{where}: {key}") for key, value in table.items()}
+    try:
+        return schema(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _is_required(item: "dataclasses.Field[Any]") -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} = {value!r}: a table [{where.rsplit(' ')[-1]}] is wanted")
+        return _read(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) is Literal:
+        require(value in get_args(hint), where, value, " or ".join(map(repr, get_args(hint))))
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    expected = str if hint is Path else hint
+    require(type(value) is expected, where, value, f"a value of type {expected.__name__}")
+    return Path(value) if hint is Path else value

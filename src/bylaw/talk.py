@@ -1,0 +1,72 @@
+"""`bylaw chat`: talk to a checkpoint."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bylaw.model.checkpoint import checkpoint_hash, load_model
+from bylaw.model.engine import Engine
+from bylaw.model.sampler import Sampler, turn
+from bylaw.model.settings import SamplingSettings
+from bylaw.model.tokenizer import Tokenizer
+
+NEWEST_FIRST = ("ppo/rl-cai", "finetune/sl-cai", "base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A talk with a checkpoint, or with the newest checkpoint of a run folder. An empty line begins a new talk."""
+
+    max_tokens: int = 256
+    """Longest answer."""
+    seed: int = 0
+    """Draws the answers."""
+    system: str = ""
+    """System message."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """`folder` itself if it is a checkpoint, else the newest one of the run in it. Raises FileNotFoundError for neither."""
+    if (folder / "config.json").exists():
+        return folder
+    for name in NEWEST_FIRST:
+        if (folder / name / "config.json").exists():
+            return folder / name
+    raise FileNotFoundError(
+        f"{folder}: neither a checkpoint (no config.json) nor a run with one in {', '.join(NEWEST_FIRST)}"
+    )
+
+
+def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -> None:
+    """Answer `lines` (by default: what is typed, or piped in) until they end."""
+    place = find_checkpoint(folder)
+    tokenizer = Tokenizer.load(place)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = Engine(load_model(place, device, torch.float32), tokenizer, max_rows=1)
+    sampler = Sampler(engine=engine, settings=config.sampling, seed=config.seed, model_hash=checkpoint_hash(place))
+    print(f"Talking to {place}. An empty line begins a new talk; end with Ctrl-D.")
+    opening = [turn("system", config.system)] if config.system else []
+    talk = list(opening)
+    for number, line in enumerate(_typed() if lines is None else lines):
+        if not line.strip():
+            talk = list(opening)
+            continue
+        talk.append(turn("user", line.strip()))
+        answer = sampler.turns([talk], [("chat", number)], config.max_tokens)[0]["text"]
+        talk.append(turn("assistant", answer))
+        print(answer, flush=True)
+
+
+def _typed() -> Iterable[str]:
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
