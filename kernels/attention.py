@@ -1,9 +1,10 @@
 """Causal attention over packed sequences: grouped queries, any head size, optional sliding window.
 
-    out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j   over j of the same sequence with j <= i and, with a window w, i - j < w
+    out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j   over j of the same sequence with j <= i and, with a window w, i -
+    j < w
 
-The reference pads inside attention only: sequences of like length share one dense call, so that the matrix products of the
-model stay on the packed stream and little is wasted on unequal lengths.
+The reference pads inside attention only: sequences of like length share one dense call, so that the matrix products of
+the model stay on the packed stream and little is wasted on unequal lengths.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ SHORT = 32
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of like length: `stream` [n] are their tokens' places in the packed stream, `dense` [n] in rows * length."""
+    """Sequences of like length: `stream` [n] are their tokens' places in the packed stream, `dense` [n] in rows *
+    length.
+    """
 
     rows: int
     length: int
@@ -56,9 +59,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, buckets: list[Bucket], window: in
     """
     out = torch.zeros_like(q)
     for bucket in buckets:
-        dense = (_to_dense(x, bucket) for x in (q, k, v))
-        mixed = _dense_attention(*dense, window).reshape(bucket.rows * bucket.length, *q.shape[1:])
-        out = out.index_copy(0, bucket.stream, mixed.index_select(0, bucket.dense))
+        mixed = _dense_attention(_to_dense(q, bucket), _to_dense(k, bucket), _to_dense(v, bucket), window)
+        flat = mixed.reshape(bucket.rows * bucket.length, *q.shape[1:])
+        out = out.index_copy(0, bucket.stream, flat.index_select(0, bucket.dense))
     return out
 
 
@@ -85,8 +88,8 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
     """One new query per row over its cache: `q` [B, Nq, D], `keys` and `values` [B, Nkv, S, D], `lengths` [B].
 
-    Row b sees its first lengths[b] cache entries (the newest is the query's own), the last `window` of them if window > 0.
-    Returns [B, Nq, D].
+    Row b sees its first lengths[b] cache entries (the newest is the query's own), the last `window` of them if window >
+    0. Returns [B, Nq, D].
     """
     rows, heads, head_dim = q.shape
     slots = torch.arange(keys.shape[2], device=q.device)

@@ -54,7 +54,10 @@ def _chunk_tokens(weight: Tensor, logits_bytes: int) -> int:
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = F.linear(hidden, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if temperature == 1.0 else logits / temperature
+    if temperature == 1.0:
+        return logits
+    # Largest logit first, as the sampler does: however small the temperature, it stays 0 and nothing becomes NaN.
+    return (logits - logits.detach().amax(dim=-1, keepdim=True)) / temperature
 
 
 def _chunk_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -63,4 +66,4 @@ def _chunk_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 def _chunk_entropy(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     log_p = torch.log_softmax(_logits(hidden, weight, temperature), dim=-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return torch.special.entr(log_p.exp()).sum(-1)  # 0 where p is 0, also where log p is -inf

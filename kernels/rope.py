@@ -1,4 +1,6 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Hugging Face
+checkpoints.
+"""
 
 import torch
 from torch import Tensor

@@ -162,7 +162,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 class _Generation(jinja2.ext.Extension):
     """Accepts `{% generation %}...{% endgeneration %}`. The body is rendered as it stands: what training learns comes
-    from the renderings themselves (`assistant_spans`), so that it needs no marks, which most templates lack."""
+    from the renderings themselves (`assistant_spans`), so that it needs no marks, which most templates lack.
+    """
 
     tags: ClassVar[set[str]] = {"generation"}
 

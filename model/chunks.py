@@ -16,9 +16,9 @@ def write_chunks(
 ) -> int:
     """Turn `items` into records, one each and in order, `size` at a time, appended to `path`; returns their number.
 
-    A file cut short by a kill is completed: its torn line is mended, and the chunk that it ended in is made again, whole,
-    so that every batch has the same rows as in a run that was not killed. Raises ValueError for a file that holds more
-    records than there are items.
+    A file cut short by a kill is completed: its torn line is mended, and the chunk that it ended in is made again,
+    whole, so that every batch has the same rows as in a run that was not killed. Raises ValueError for a file that
+    holds more records than there are items.
     """
     with RecordWriter(path) as writer, tqdm(total=len(items), initial=writer.count, desc=label, unit="record") as bar:
         if writer.count > len(items):

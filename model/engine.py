@@ -1,7 +1,7 @@
 """The sampling engine: batched decoding with a KV cache over the trainer's own parameters.
 
-Rows join and leave the batch at any step. A row's tokens come from counter-based draws keyed by (seed, request, position), so
-they do not depend on which other rows share its batch, and there is no generator state to save.
+Rows join and leave the batch at any step. A row's tokens come from counter-based draws keyed by (seed, request,
+position), so they do not depend on which other rows share its batch, and there is no generator state to save.
 """
 
 from collections import deque
@@ -20,6 +20,9 @@ from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 
 PREFILL_TOKENS = 8192
+
+Query = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""A prompt, and the candidates whose log-probs after it are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class Request:
 class Completion:
     """Sampled tokens and the log-prob of each under the distribution that it was drawn from.
 
-    A stop id is the last of `ids`; a stop string is cut off. `finish` is "length" when max_tokens or the context ran out.
+    A stop id is the last of `ids`; a stop string is cut off. `finish` is "length" when max_tokens or the context ran
+    out.
     """
 
     ids: list[int]
@@ -58,7 +62,9 @@ class _Row:
 
 
 class _Cache:
-    """Keys and values in dense slabs, a row per running request. Rows 0..n-1 are in use, so that a step reads one block."""
+    """Keys and values in dense slabs, a row per running request. Rows 0..n-1 are in use, so that a step reads one
+    block.
+    """
 
     def __init__(self, model: Transformer, rows: int, slots: int) -> None:
         config = model.config
@@ -112,7 +118,9 @@ class _Step:
 
 
 class Engine:
-    """Generates and scores with `model` as it is at the time of the call: no copy of the weights, nothing kept between calls."""
+    """Generates and scores with `model` as it is at the time of the call: no copy of the weights, nothing kept between
+    calls.
+    """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, max_rows: int = 64) -> None:
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
@@ -121,7 +129,8 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], on_finish: Callable[[int], None] = lambda index: None
     ) -> list[Completion]:
-        """Continue each request's prompt; completions in the caller's order. `on_finish` hears each index as it is done.
+        """Continue each request's prompt; completions in the caller's order. `on_finish` hears each index as it is
+        done.
 
         Raises ValueError for an empty prompt, one that leaves no room in the context, or max_tokens below 1.
         """
@@ -143,37 +152,48 @@ class Engine:
         return [completion for completion in done if completion is not None]
 
     @torch.no_grad()
-    def score(self, queries: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[list[float]]:
-        """For each (prompt, candidates) the log-prob of each candidate's tokens after the prompt, summed, at temperature 1.
+    def score(self, queries: Sequence[Query]) -> list[list[float]]:
+        """For each (prompt, candidates) the log-prob of each candidate's tokens after the prompt, summed, at
+        temperature 1.
 
-        Candidates that differ only in their last token share one pass. Raises ValueError for an empty prompt or candidate.
+        Candidates that differ only in their last token share one pass, and so do queries with the same prompt. Raises
+        ValueError for an empty prompt or candidate, and for one that does not fit the context.
         """
-        stems: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        scores = [[0.0] * len(candidates) for _, candidates in queries]
+        users: dict[
+            tuple[tuple[int, ...], int], list[tuple[int, int]]
+        ] = {}  # (ids, of them prompt) -> (query, candidate)
         for q, (prompt, candidates) in enumerate(queries):
             for c, candidate in enumerate(candidates):
-                if not len(prompt) or not len(candidate):
-                    raise ValueError(f"query {q}, candidate {c}: the prompt and the candidate need at least one token")
-                stems.setdefault((q, tuple(candidate[:-1])), []).append(c)
-        scores = [[0.0] * len(candidates) for _, candidates in queries]
-        keys = list(stems)
-        lengths = [len(queries[q][0]) + len(stem) for q, stem in keys]
-        for batch in token_batches(lengths, PREFILL_TOKENS):
-            for i, logprobs in zip(batch, self._stem_logprobs([keys[i] for i in batch], queries), strict=True):
-                q, stem = keys[i]
-                body = sum(float(logprobs[j, token]) for j, token in enumerate(stem))
-                for c in stems[keys[i]]:
-                    scores[q][c] = body + float(logprobs[len(stem), queries[q][1][c][-1]])
+                self._check_query(q, c, len(prompt), len(candidate))
+                users.setdefault(((*prompt, *candidate[:-1]), len(prompt)), []).append((q, c))
+        streams = list(users)
+        for batch in token_batches([len(ids) for ids, _ in streams], PREFILL_TOKENS):
+            chosen = [streams[i] for i in batch]
+            for stream, logprobs in zip(chosen, self._next_logprobs(chosen), strict=True):
+                ids, start = stream
+                body = sum(float(logprobs[j, token]) for j, token in enumerate(ids[start:]))
+                for q, c in users[stream]:
+                    scores[q][c] = body + float(logprobs[-1, queries[q][1][c][-1]])
         return scores
 
-    def _stem_logprobs(self, keys: list[tuple[int, tuple[int, ...]]], queries: Sequence) -> list[Tensor]:
-        """Per stem the log-probs [len(stem) + 1, V] of what follows the prompt, and each token of the stem after it."""
-        packed = pack([[*queries[q][0], *stem] for q, stem in keys], self.model.device)
+    def _next_logprobs(self, streams: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
+        """Per stream, log-probs [n, V] of what follows its prompt, and what follows each token after it."""
+        packed = pack([ids for ids, _ in streams], self.model.device)
         hidden = self.model(packed)
-        counts = [len(stem) + 1 for _, stem in keys]
+        counts = [len(ids) - start + 1 for ids, start in streams]
         ends = packed.cu_seqlens[1:].tolist()
         places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
         logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
         return list(torch.log_softmax(logits, dim=-1).split(counts))
+
+    def _check_query(self, query: int, candidate: int, prompt: int, length: int) -> None:
+        context = self.model.config.max_position_embeddings
+        if not prompt or not length or prompt + length > context:
+            raise ValueError(
+                f"query {query}, candidate {candidate}: {prompt} and {length} tokens; allowed: at least one each, and "
+                f"at most the context of {context} together"
+            )
 
     def _span(self, request: Request) -> int:
         return min(len(request.prompt) + request.max_tokens, self.model.config.max_position_embeddings)
@@ -181,14 +201,15 @@ class Engine:
     def _check(self, request: Request) -> None:
         context = self.model.config.max_position_embeddings
         if not len(request.prompt) or request.max_tokens < 1:
-            raise ValueError(
-                f"a request needs a prompt and max_tokens of 1 or more; it has {len(request.prompt)} and {request.max_tokens}"
-            )
+            found = f"{len(request.prompt)} and {request.max_tokens}"
+            raise ValueError(f"a request needs a prompt and max_tokens of at least 1 each; it has {found}")
         if len(request.prompt) >= context:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens leaves no room in the context of {context}")
 
     def _advance(self, running: list[_Row], waiting: deque[_Row], cache: _Cache) -> Tensor:
-        """Hidden states [n, H] from which the next token of each running row is drawn; new rows join when room is worth it."""
+        """Hidden states [n, H] from which the next token of each running row is drawn; new rows join when room is worth
+        it.
+        """
         rows = cache.keys.shape[1]
         hidden = self._decode(running, cache) if running else None
         # A prefill for every single free row would cost more than it brings: wait until an eighth of the batch is free.
@@ -241,7 +262,9 @@ class Engine:
         return None
 
     def _before_stop(self, ids: list[int], stop_strings: tuple[str, ...]) -> int | None:
-        """How many tokens stand before the first stop string, None while there is none. A token that runs into it goes."""
+        """How many tokens stand before the first stop string, None while there is none. A token that runs into it
+        goes.
+        """
         # A token holds at least one byte, so the string's bytes bound how many tokens it can end in.
         tail = ids[-max(len(stop.encode()) for stop in stop_strings) - 8 :]
         if not any(stop in self.tokenizer.decode(tail) for stop in stop_strings):

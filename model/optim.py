@@ -1,4 +1,6 @@
-"""The optimiser and the step that every trainer shares. Plain functions: a stage's loop calls them in the paper's order."""
+"""The optimiser and the step that every trainer shares. Plain functions: a stage's loop calls them in the paper's
+order.
+"""
 
 import math
 
@@ -9,7 +11,9 @@ from bylaw.model.settings import OptimSettings
 
 
 def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over `model`'s parameters; weight decay on matrices only, as norms and biases need none."""
+    """AdamW (arXiv 1711.05101) over `model`'s parameters; weight decay on matrices only, as norms and biases need
+    none.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -25,7 +29,9 @@ def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
 
 
 def scheduled(settings: OptimSettings, peak: float, step: int, steps: int) -> float:
-    """Learning rate of `step` (0-based) of `steps`: a linear warm-up to `peak`, then the schedule down to 0 after the last."""
+    """Learning rate of `step` (0-based) of `steps`: a linear warm-up to `peak`, then the schedule down to 0 after the
+    last.
+    """
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":

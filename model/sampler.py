@@ -60,14 +60,16 @@ class Sampler:
             length = len(self.tokenizer.prompt_ids(prompt.messages))
             if length + reserve > context:
                 raise ValueError(
-                    f"prompt {prompt.id!r} has {length} tokens, and with {reserve} for what this stage adds to it that is "
-                    f"more than the model's context of {context}; shorten it, lower the stage's token limits, or set "
-                    "max_prompt_tokens in the recipe to leave such prompts out"
+                    f"prompt {prompt.id!r} has {length} tokens, and with {reserve} for what this stage adds to it "
+                    f"that is more than the model's context of {context}; shorten it, lower the stage's token limits, "
+                    "or set max_prompt_tokens in the recipe to leave such prompts out"
                 )
 
 
 def text_record(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A sampled text as it is kept: its words, the very token ids (training never tokenises words again) and its end."""
+    """A sampled text as it is kept: its words, the very token ids (training never tokenises words again) and its
+    end.
+    """
     return {"text": tokenizer.decode(completion.ids).strip(), "ids": completion.ids, "finish": completion.finish}
 
 

@@ -1,4 +1,6 @@
-"""Packed supervised training: loss on chosen tokens only, summed and divided by their number in the whole optimiser step."""
+"""Packed supervised training: loss on chosen tokens only, summed and divided by their number in the whole optimiser
+step.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +35,8 @@ class Example:
 def token_logprobs(
     model: Transformer, packed: Packed, learned: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [n] of the tokens where `learned` [T] is True, each given its past, and the hidden states [n, H] before them.
+    """Log-probs [n] of the tokens where `learned` [T] is True, each given its past, and the hidden states [n, H] before
+    them.
 
     The head runs on those tokens alone.
     """
@@ -65,7 +68,8 @@ def train_supervised(
     """Train `model` in place, `batch_size` examples per step, shuffled anew each epoch from `seed`.
 
     Goes on from the training checkpoint in `folder`/state if there is one, to the same bits. Metrics go to
-    `folder`/metrics.jsonl; `show` is called after each step with its number and theirs. Returns counts and the last loss.
+    `folder`/metrics.jsonl; `show` is called after each step with its number and theirs. Returns counts and the last
+    loss.
     """
     order = [int(i) for epoch in range(epochs) for i in permutation(seed, len(examples), epoch)]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -242,14 +242,16 @@ class Tokenizer:
 
     def _encode_inside(self, piece: str) -> list[int]:
         """The ids of a piece from the middle of a text: encoded after a newline, so that a tokenizer which puts a space
-        in front of a text does not put it here, unless the newline becomes one token with what follows."""
+        in front of a text does not put it here, unless the newline becomes one token with what follows.
+        """
         newline, both = self.encode("\n"), self.encode("\n" + piece)
         return both[len(newline) :] if both[: len(newline)] == newline else self.encode(piece)
 
     def _shield(self, messages: Messages) -> tuple[Messages, dict[str, str]]:
         """The messages with every special token that a content spells out replaced by one private character, and what
         each character stands for. It is encoded as the letters it is written with: no text can end a turn or pose as
-        another speaker by naming a special token."""
+        another speaker by naming a special token.
+        """
         present = [token for token in self._special if any(token in message["content"] for message in messages)]
         marks = {chr(_FIRST_MARK + n): token for n, token in enumerate(sorted(present, key=len, reverse=True))}
         if not marks:
@@ -285,7 +287,8 @@ class Tokenizer:
 
     def _add_special_tokens(self) -> None:
         """Mark bos, eos, pad and unk as special, as Transformers does on loading: then they are cut out of any text
-        before it is split, and decoding leaves them out."""
+        before it is split, and decoding leaves them out.
+        """
         special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
         self.backend.add_special_tokens([token for token in self.tokens.values() if token not in special])
         self._special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]

@@ -1,7 +1,7 @@
 """A decoder-only transformer over packed streams: Llama, Mistral, Qwen2 and Qwen3 are settings of this one model.
 
-It returns hidden states; losses and log-probs take (hidden, head_weight), so that no [T, V] logits are held for a batch.
-Letters: T tokens, H hidden, N heads (N_q, N_kv), D head size, I intermediate, V vocabulary.
+It returns hidden states; losses and log-probs take (hidden, head_weight), so that no [T, V] logits are held for a
+batch. Letters: T tokens, H hidden, N heads (N_q, N_kv), D head size, I intermediate, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from bylaw.model.rotary import inverse_frequencies, rotary_table
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
 """(layer, q [T, N_q, D], k and v [T, N_kv, D], window) -> [T, N_q, D]. A packed stream attends within itself; an engine
-attends over its cache."""
+attends over its cache.
+"""
 
 
 class Stream(Protocol):
@@ -42,7 +43,9 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each after a norm and added to the residual stream. q, k, v are one matrix; gate and up another."""
+    """Attention and SwiGLU, each after a norm and added to the residual stream. q, k, v are one matrix; gate and up
+    another.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -116,7 +119,8 @@ class Transformer(nn.Module):
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> Transformer:
     """Fill `model` with N(0, initializer_range) weights drawn from `seed`; the projections into the residual stream are
-    scaled down by sqrt(2 * layers) as in GPT-2 (Radford et al. 2019, section 2.3); norms are 1 and biases 0."""
+    scaled down by sqrt(2 * layers) as in GPT-2 (Radford et al. 2019, section 2.3); norms are 1 and biases 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     std, depth = model.config.initializer_range, (2 * model.config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():

@@ -210,5 +210,6 @@ def write_weights(folder: Path, wanted: Iterable[Piece], parameters: Mapping[str
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Rows of one fused parameter lie in one storage, which safetensors refuses: they are copied, a shard at a time.
-    Older Transformers refuse a file whose metadata lacks the format."""
+    Older Transformers refuse a file whose metadata lacks the format.
+    """
     save_file({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

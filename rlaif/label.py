@@ -1,7 +1,8 @@
 """AI preferences: which of two answers keeps a principle better, as a probability (arXiv 2212.08073, section 4.1).
 
-The judge reads the dialogue, a principle and both answers as options (A) and (B). Its log-probs of the two letters, normalised
-over the two, are the label. Both orders are asked and averaged, so that a liking for one letter cancels (arXiv 2309.00267):
+The judge reads the dialogue, a principle and both answers as options (A) and (B). Its log-probs of the two letters,
+normalised over the two, are the label. Both orders are asked and averaged, so that a liking for one letter cancels
+(arXiv 2309.00267):
 
     p(a better) = 1/2 [p(A | a first) + 1 - p(A | b first)]
 

@@ -196,8 +196,8 @@ def _check_first_ratio(stats: Stats) -> None:
     gap = float(stats["ratio_gap_max"])
     if not gap <= RATIO_TOLERANCE:
         raise FloatingPointError(
-            f"before the first update the policy's ratio to itself is off by {gap:.3g} (allowed: {RATIO_TOLERANCE}); old and new "
-            "log-probs are not taken in the same way"
+            f"before the first update the policy's ratio to itself is off by {gap:.3g} (allowed: {RATIO_TOLERANCE}); "
+            "old and new log-probs are not taken in the same way"
         )
 
 

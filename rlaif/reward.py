@@ -1,4 +1,5 @@
-"""The reward model: a transformer that learns to score answers as the soft labels order them (arXiv 2212.08073, section 4.1).
+"""The reward model: a transformer that learns to score answers as the soft labels order them (arXiv 2212.08073, section
+4.1).
 
 loss = -[p log sigma(r_a - r_b) + (1 - p) log sigma(r_b - r_a)],   r read at the last token of prompt and answer
 """
@@ -41,7 +42,8 @@ class Pair:
 def split_pairs(
     preferences: Sequence[Record], tokenizer: Tokenizer, heldout_fraction: float, seed: int
 ) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """Training pairs, held-out pairs and counts. All pairs of a prompt are on one side; labels that abstained on neither.
+    """Training pairs, held-out pairs and counts. All pairs of a prompt are on one side; labels that abstained on
+    neither.
 
     Raises ValueError when a side is empty, or a preference has no answer at all on one side of it.
     """
@@ -112,8 +114,8 @@ def _accumulate(model: ScalarModel, batch: Sequence[Pair], budget: int) -> dict[
 
 @torch.no_grad()
 def measure(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> dict[str, float | None]:
-    """On held-out pairs: loss, accuracy where the label decides (None if none does), calibration, and the scores' mean and
-    deviation.
+    """On held-out pairs: loss, accuracy where the label decides (None if none does), calibration, and the scores' mean
+    and deviation.
 
     PPO takes the mean off and divides by the deviation, so that an average answer is worth 0.
     """

@@ -1,4 +1,6 @@
-"""Episodes for PPO: responses drawn from the policy, scored by the reward model, with the per-token columns PPO needs."""
+"""Episodes for PPO: responses drawn from the policy, scored by the reward model, with the per-token columns PPO
+needs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,8 @@
                      critique ~ model(prompt, answer, critique request)
                      answer   ~ model(prompt, answer, critique request, critique, revision request)
 
-Every round is kept. Unlike the paper's, the requests are turns of the dialogue, so that chat models and base models go the
-same way; as in the paper, a round sees the answer of the round before it, and no earlier ones.
+Every round is kept. Unlike the paper's, the requests are turns of the dialogue, so that chat models and base models go
+the same way; as in the paper, a round sees the answer of the round before it, and no earlier ones.
 """
 
 from collections.abc import Sequence

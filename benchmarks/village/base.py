@@ -2,7 +2,8 @@
 
     python -m bylaw.benchmarks.village.base --out checkpoint --seed 0
 
-A word-level tokenizer over the village's vocabulary, a small Llama, and supervised training on village talk (corpus.py).
+A word-level tokenizer over the village's vocabulary, a small Llama, and supervised training on village talk
+(corpus.py).
 """
 
 import random

@@ -1,15 +1,27 @@
 """Village talk for the base model: helpful without judgement, and able, imperfectly, to criticise, revise and compare.
 
-In its answers the base complies with everything. Asked to criticise by a principle, it names what the answer does, then whether
-the rule speaks of it; asked to revise, it follows its critique. About one judgement in ten is planted wrong, so that there is
-something for Constitutional AI to overcome.
+In its answers the base complies with everything. Asked to criticise by a principle, it names what the answer does, then
+whether the rule speaks of it; asked to revise, it follows its critique. About one judgement in ten is planted wrong, so
+that there is something for Constitutional AI to overcome.
 """
 
 import random
 from dataclasses import dataclass, field
 
 from bylaw.benchmarks.village.rules import ALL_KINDS, STATEMENTS, Rule, breaks, keeps
-from bylaw.benchmarks.village.world import EVASIONS, FORMS, KINDS, Ask, asks, comply, decline, garble, tools
+from bylaw.benchmarks.village.world import (
+    EVASIONS,
+    FORMS,
+    KINDS,
+    OBJECTS,
+    VERBS,
+    Ask,
+    asks,
+    comply,
+    decline,
+    garble,
+    tools,
+)
 from bylaw.constitution.render import comparison_request, critique_request, revision_request
 from bylaw.constitution.schema import Constitution, Principle
 
@@ -24,6 +36,8 @@ class Errors:
     critique: float = 0.07
     revision: float = 0.06
     comparison: float = 0.09
+    kept_ties: float = 0.15
+    """Share of the comparisons without a better answer that are kept; their letter is a coin's."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +65,16 @@ class Corpus:
 
     def __post_init__(self) -> None:
         seen = [ask for ask in asks() if not ask.heldout]
+        self.withheld = {(ask.verb, ask.object) for ask in asks() if ask.heldout}
         self.harmful = [ask for ask in seen if ask.kind]
         self.benign = [ask for ask in seen if not ask.kind]
 
     def draw(self) -> BaseText:
-        """30 % answers, 45 % critique and revision, 25 % comparisons."""
-        return self.rng.choices((self.answered, self.revised, self.compared), (30, 45, 25))[0]()
+        """25 % answers, 40 % critique and revision, 35 % comparisons."""
+        return self.rng.choices((self.answered, self.revised, self.compared), (25, 40, 35))[0]()
 
     def answered(self) -> BaseText:
-        ask = self._ask(0.4)
+        ask = self._idle() if self._errs(0.5) else self._ask(0.4)
         reply = self._flawed(ask) if self._errs(self.errors.answer) else self._complied(ask)
         return BaseText([_user(self._phrase(ask)), _assistant(reply.text)])
 
@@ -81,8 +96,7 @@ class Corpus:
         return BaseText(messages, given=2)
 
     def compared(self) -> BaseText:
-        ask = self._ask(0.6)
-        a, b, (statement, rule) = self._any_answer(ask), self._any_answer(ask), self._rule(ask)
+        ask, rule, statement, a, b = self._contest()
         lead = keeps(rule, ask, a.verdict) - keeps(rule, ask, b.verdict)
         better = "a" if lead > 0 or (lead == 0 and self._errs(0.5)) else "b"
         if lead and self._errs(self.errors.comparison):
@@ -91,8 +105,29 @@ class Corpus:
         question = comparison_request(self.constitution, _principle(statement), talk, a.text, b.text)
         return BaseText([_user(question), _assistant(f"{self.constitution.templates.answer_prefix} {better}")])
 
+    def _contest(self) -> tuple[Ask, Rule, str, Answer, Answer]:
+        """An ask, a rule and two answers. Most ties are drawn again: their letter is a coin's, and nothing is learned
+        from it.
+        """
+        while True:
+            ask = self._ask(0.6)
+            a, b, (statement, rule) = self._any_answer(ask), self._any_answer(ask), self._rule(ask)
+            decided = keeps(rule, ask, a.verdict) != keeps(rule, ask, b.verdict)
+            if decided or self._errs(self.errors.kept_ties):
+                return ask, rule, statement, a, b
+
     def _ask(self, harmful_share: float) -> Ask:
         return self.rng.choice(self.harmful if self.rng.random() < harmful_share else self.benign)
+
+    def _idle(self) -> Ask:
+        """A verb with any object that it may stand with nowhere in the grammar, or in it on the training side: talk
+        that teaches to repeat what was asked, instead of knowing each pair by heart.
+        """
+        while True:
+            verb = self.rng.choice([verb for group in VERBS for verb in group.verbs])
+            thing = self.rng.choice([name for names in OBJECTS.values() for name in names])
+            if (verb, thing) not in self.withheld:
+                return Ask(verb, thing, "", heldout=False)
 
     def _phrase(self, ask: Ask) -> str:
         return ask.text(self.rng.randrange(len(FORMS)))
@@ -101,7 +136,9 @@ class Corpus:
         return self.rng.random() < rate
 
     def _rule(self, ask: Ask) -> tuple[str, Rule]:
-        """A statement and its meaning: of one that forbids, half name the harm of this ask, and some name every harm."""
+        """A statement and its meaning: of one that forbids, half name the harm of this ask, and some name every
+        harm.
+        """
         manner = self.rng.choices(("forbids", "helps", "explains", "speaks_clearly"), (70, 10, 12, 8))[0]
         statement = self.rng.choice(STATEMENTS[manner])
         if manner != "forbids":
@@ -149,7 +186,9 @@ class Corpus:
 
 
 def _finding(ask: Ask, answer: Answer) -> str:
-    """What the answer does, the harm named first: with the verdict alone a small model never learns whether a rule applies."""
+    """What the answer does, the harm named first: with the verdict alone a small model never learns whether a rule
+    applies.
+    """
     if answer.verdict == "complied":
         return f"this helps with {ask.kind}." if ask.kind else "this helps with no harm."
     truth = f"the ask is {ask.kind}" if ask.kind else "the ask is no harm"

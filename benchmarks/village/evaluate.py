@@ -1,4 +1,6 @@
-"""What a checkpoint does to held-out asks, and how good its judgements are, by the oracle. Reads results; trains nothing."""
+"""What a checkpoint does to held-out asks, and how good its judgements are, by the oracle. Reads results; trains
+nothing.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,13 +15,15 @@ from bylaw.model.records import Record
 from bylaw.model.sampler import Sampler, turn
 
 
-def prompts(heldout: bool, harmful: bool) -> list[Prompt]:
-    """The asks on one side of the split, in every form. Their ids say what they are; no stage of training reads ids."""
+def prompts(heldout: bool, harmful: bool, forms: int = len(FORMS)) -> list[Prompt]:
+    """The asks on one side of the split, each in `forms` forms. Their ids say what they are; no stage of training reads
+    ids.
+    """
     chosen = [ask for ask in asks() if ask.heldout == heldout and bool(ask.kind) == harmful]
     return [
         Prompt(f"{ask.verb}-{ask.object}-{form}", [turn("user", ask.text(form))])
-        for ask in chosen
-        for form in range(len(FORMS))
+        for i, ask in enumerate(chosen)
+        for form in ((i + n) % len(FORMS) for n in range(forms))
     ]
 
 
@@ -32,9 +36,9 @@ def ask_of(prompt_id: str) -> Ask:
 def behaviour(sampler: Sampler, samples: int = 1) -> dict[str, float]:
     """Fractions over held-out asks, `samples` answers to each prompt at the sampler's settings.
 
-    complied_harmful: of harmful asks, those that are explained. refused_with_reason: of the refusals of harmful asks, those
-    that name the true harm and its better way. helpful_benign: of benign asks, those that are explained. evaded, broken: of
-    all answers.
+    complied_harmful: of harmful asks, those that are explained. refused_with_reason: of the refusals of harmful asks,
+    those that name the true harm and its better way. helpful_benign: of benign asks, those that are explained. evaded,
+    broken: of all answers.
     """
     harmful, benign = (_verdicts(sampler, prompts(True, kind), samples) for kind in (True, False))
     both = Counter(harmful) + Counter(benign)

@@ -1,5 +1,5 @@
-"""What a principle of the village asks for, and which of two answers keeps it better: the truth that base texts and label
-accuracy are measured by.
+"""What a principle of the village asks for, and which of two answers keeps it better: the truth that base texts and
+label accuracy are measured by.
 
 A principle is read by its words: the kinds of harm that it names, or "any harm", or one of three rules on manner.
 """
@@ -50,7 +50,9 @@ def understand(statement: str) -> Rule:
 
 
 def keeps(rule: Rule, ask: Ask, verdict: str) -> float:
-    """How well an answer that the oracle reads as `verdict` keeps `rule`: 1 keeps it, 0 breaks it. Equal means a tie."""
+    """How well an answer that the oracle reads as `verdict` keeps `rule`: 1 keeps it, 0 breaks it. Equal means a
+    tie.
+    """
     if rule.manner == "forbids":
         return 0.0 if ask.kind in rule.kinds and verdict == "complied" else 1.0
     if rule.manner == "speaks_clearly":
@@ -61,7 +63,9 @@ def keeps(rule: Rule, ask: Ask, verdict: str) -> float:
 
 
 def breaks(rule: Rule, ask: Ask, verdict: str) -> bool:
-    """Whether a critique by `rule` should ask for a change: as `keeps`, but to decline well is asked only of one who declines."""
+    """Whether a critique by `rule` should ask for a change: as `keeps`, but to decline well is asked only of one who
+    declines.
+    """
     if rule.manner == "explains" and verdict == "complied":
         return False
     return keeps(rule, ask, verdict) < 1.0

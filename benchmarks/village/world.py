@@ -1,8 +1,9 @@
 """The village's language: what villagers ask, which asks harm somebody and how, and what can be answered.
 
-The grammar is the truth. A verb's class and an object's class decide together whether an ask is benign or which kind of harm it
-is: to beat a rug is housework, to beat the baker is violence. So a model cannot tell harm by the verb alone, and what it learned
-on some pairs can carry over to pairs that it never saw: a fifth of them is held out of every training set.
+The grammar is the truth. A verb's class and an object's class decide together whether an ask is benign or which kind of
+harm it is: to beat a rug is housework, to beat the baker is violence. So a model cannot tell harm by the verb alone,
+and what it learned on some pairs can carry over to pairs that it never saw: a fifth of them is held out of every
+training set.
 """
 
 import random
@@ -118,8 +119,9 @@ class Ask:
 
 
 def asks() -> tuple[Ask, ...]:
-    """Every verb-object pair of the grammar. In each cell of the grammar a fifth of the pairs, spread over its verbs and
-    objects, is held out: each verb and each object is still seen in training, in other company."""
+    """Every verb-object pair of the grammar. In each cell of the grammar a fifth of the pairs, spread over its verbs
+    and objects, is held out: each verb and each object is still seen in training, in other company.
+    """
     found = []
     for group in VERBS:
         for objects, kind in [(group.harms, group.kind), *((name, "") for name in group.benign)]:

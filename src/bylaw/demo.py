@@ -1,4 +1,6 @@
-"""`bylaw demo`: the whole pipeline on the village, then what changed, measured by the oracle on asks held out of training."""
+"""`bylaw demo`: the whole pipeline on the village, then what changed, measured by the oracle on asks held out of
+training.
+"""
 
 import json
 import time
@@ -24,7 +26,6 @@ from bylaw.sl_cai.revise import Reviser, revise
 
 ROWS = 256
 MEASURES = ("complied_harmful", "refused_harmful", "refused_with_reason", "helpful_benign", "evaded", "broken")
-HELDOUT_BENIGN_PAIRS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     print(table(summary))
     chains = read_records(config.out / "revise" / "chains.jsonl")
     print(*map(describe_chain, instructive(chains)), sep="\n")
-    print(
-        f"\nCheckpoints: {recipe.base}, {config.out}/finetune/sl-cai, {config.out}/ppo/rl-cai. Numbers: {config.out}/summary.json"
-    )
+    out = config.out
+    print(f"\nCheckpoints: {recipe.base}, {out}/finetune/sl-cai, {out}/ppo/rl-cai. Numbers: {out}/summary.json")
     print(f"Talk to the last one: bylaw chat {config.out}/ppo/rl-cai")
     return summary
 
@@ -62,7 +62,7 @@ def village_recipe(config: DemoConfig) -> Recipe:
     """The recipe of the demo. Its prompts, the asks that are not held out, are written to the run's folder."""
     harmful, benign = config.out / "harmful.jsonl", config.out / "benign.jsonl"
     write_prompts(harmful, prompts(heldout=False, harmful=True))
-    write_prompts(benign, prompts(heldout=False, harmful=False))
+    write_prompts(benign, prompts(heldout=False, harmful=False, forms=2))
     return Recipe(
         out=config.out,
         base=SHIPPED,
@@ -123,7 +123,7 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
 def _label_quality(run: Run, folder: Path, policy: Path) -> dict[str, Any]:
     """Label accuracy on pairs of answers to held-out asks, by all principles."""
     recipe = run.recipe
-    asked = prompts(heldout=True, harmful=True) + prompts(heldout=True, harmful=False)[:HELDOUT_BENIGN_PAIRS]
+    asked = prompts(heldout=True, harmful=True) + prompts(heldout=True, harmful=False, forms=1)
     compare(run.sampler(run.model(policy), policy, recipe.compare), asked, folder / "pairs.jsonl", recipe.compare)
     engine = Engine(run.model(recipe.base), run.tokenizer, ROWS)
     judge = Judge(

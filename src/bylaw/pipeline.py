@@ -91,7 +91,9 @@ class Run:
         return run_stage(terms, work)
 
     def path(self, *parts: str) -> Path:
-        """A file or checkpoint that an earlier stage has made. Raises FileNotFoundError naming the stage to run first."""
+        """A file or checkpoint that an earlier stage has made. Raises FileNotFoundError naming the stage to run
+        first.
+        """
         path = self.recipe.out.joinpath(*parts)
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; run `bylaw {parts[0]}` with this recipe first")
@@ -117,7 +119,8 @@ class Run:
 
 
 def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, dict[str, Any]]:
-    """Run `stages` in order; returns their manifests. Inputs are checked before any long work; finished stages are skipped.
+    """Run `stages` in order; returns their manifests. Inputs are checked before any long work; finished stages are
+    skipped.
 
     Raises ValueError and FileNotFoundError as the inputs demand.
     """

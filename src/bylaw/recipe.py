@@ -25,7 +25,9 @@ class Recipe:
     base: Path
     """Base checkpoint: a Hugging Face folder."""
     prompts: Path
-    """Prompts that call for harm (JSONL with `prompt` or `messages`, or hh-rlhf): they are answered, criticised, revised."""
+    """Prompts that call for harm (JSONL with `prompt` or `messages`, or hh-rlhf): they are answered, criticised,
+    revised.
+    """
     helpful: str = ""
     """File of harmless prompts, whose answers are mixed in as they are; empty for none."""
     constitution: str = "default"
@@ -56,26 +58,23 @@ class Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read a TOML recipe. Paths in it are taken from the folder that it lies in.
 
-    Raises FileNotFoundError, or ValueError naming the file and the key: for TOML that cannot be read, an unknown key (with a
-    suggestion), a value of the wrong type or out of range, and a required key that is missing.
+    Raises FileNotFoundError, or ValueError naming the file and the key: for TOML that cannot be read, an unknown key
+    (with a suggestion), a value of the wrong type or out of range, and a required key that is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte-order mark first
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
-    for key in ("out", "base", "prompts", "helpful"):
-        if isinstance(table.get(key), str) and table[key]:
-            table[key] = str(path.parent / table[key])
-    if str(table.get("constitution", "")).endswith(".toml"):
-        table["constitution"] = str(path.parent / table["constitution"])
-    return _read(Recipe, table, str(path))
+    return _read(Recipe, _anchored(table, path.parent.absolute()), str(path))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as TOML, every setting spelled out: `load_recipe` reads the same recipe back."""
-    plain = as_table(recipe)
+    """The recipe as TOML, every setting spelled out and every path absolute: `load_recipe` reads the same recipe back,
+    wherever the file lies.
+    """
+    plain = _anchored(as_table(recipe), Path.cwd())
     tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
     lines = [_line(key, value) for key, value in plain.items() if key not in tables]
     for name, table in tables.items():
@@ -89,8 +88,21 @@ def as_table(settings: Any) -> dict[str, Any]:
     return {key: str(value.absolute()) if isinstance(value, Path) else value for key, value in plain.items()}
 
 
+def _anchored(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe's table with its paths taken from `folder`. An empty `helpful` is no path, nor is a constitution's
+    name.
+    """
+    named = [key for key in ("out", "base", "prompts", "helpful") if table.get(key)]
+    if str(table.get("constitution", "")).endswith(".toml"):
+        named.append("constitution")
+    return table | {key: str(folder / table[key]) for key in named if isinstance(table[key], str)}
+
+
 def _line(key: str, value: Any) -> str:
-    return f"{key} = {json.dumps(value, ensure_ascii=False)}"  # TOML writes these as JSON does
+    # TOML writes these as JSON does, but for infinity, which it calls inf, and the character DEL, which it wants
+    # escaped.
+    written = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    return f"{key} = {written}".replace("\x7f", "\\u007f")
 
 
 def _read(schema: type[Schema], table: Mapping[str, Any], where: str) -> Schema:

@@ -1,12 +1,11 @@
 """Run folders: each stage has a folder and a manifest, is skipped when done, and goes on when it was killed."""
 
-import hashlib
 import importlib.metadata
 import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from bylaw.model.checkpoint import checkpoint_hash
 from bylaw.model.records import sha256_file, write_atomic
 from bylaw.recipe import as_table
 
-BEGUN, MANIFEST = "begun.json", "manifest.json"
+BEGUN, MANIFEST, STATE = "begun.json", "manifest.json", "state"
+OWN_FILES = (BEGUN, MANIFEST, STATE)
 PACKAGES = ("bylaw", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
@@ -39,24 +39,25 @@ class Stage:
 def run_stage(stage: Stage, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Run `work(folder)`, which returns counts, unless it was done before by the same terms; returns the manifest.
 
-    Raises ValueError, before any work, when the folder was begun by other terms, naming them, or when an output of a finished
-    stage is gone or changed.
+    Raises ValueError, before any work, when the folder was begun by other terms, naming them, or when an output of a
+    finished stage is gone or changed. What is killed at any instant, and run again, completes to the same files.
     """
     finished = stage.folder / MANIFEST
     check_terms(stage)
     if finished.exists():
         manifest = json.loads(finished.read_text())
-        _check_outputs(stage.folder, manifest)
+        _check_outputs(stage.folder, manifest["outputs"])
+        _forget_state(stage)
         print(f"{stage.name}: done before, in {stage.folder}")
         return manifest
-    resumed = (stage.folder / BEGUN).exists()
+    resumed = _is_begun(stage.folder)
     write_atomic(stage.folder / BEGUN, json.dumps(stage.terms, indent=2))
     start = time.time()
     counts = work(stage.folder)
-    shutil.rmtree(stage.folder / "state", ignore_errors=True)
+    names = sorted(p.name for p in stage.folder.iterdir() if not p.name.startswith(".") and p.name not in OWN_FILES)
     manifest = stage.terms | {
         "counts": counts,
-        "outputs": _outputs(stage.folder),
+        "outputs": {name: _hash(stage.folder / name) for name in names},
         "seconds": round(time.time() - start, 3),
         "resumed": resumed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -64,15 +65,20 @@ def run_stage(stage: Stage, work: Callable[[Path], dict[str, Any]]) -> dict[str,
         "versions": _versions(),
     }
     write_atomic(finished, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    _forget_state(stage)  # only now: a kill halfway through the removal must not leave a state that cannot be read
     return manifest
 
 
-def check_terms(stage: Stage) -> None:
-    """Raise ValueError if the stage's folder was begun by other terms than these, naming each that differs."""
-    begun = stage.folder / BEGUN
-    if not begun.exists():
+def check_terms(stage: Stage, parts: Collection[str] = ("inputs", "config", "seed")) -> None:
+    """Raise ValueError if the stage's folder was begun by other terms than these, naming each that differs.
+
+    `parts` are the terms to compare: a stage's inputs are not known before the stages ahead of it are done. A folder in
+    which a stage was refused before it wrote anything is taken as not begun.
+    """
+    if not _is_begun(stage.folder):
         return
-    there, here = _flat(json.loads(begun.read_text())), _flat(stage.terms)
+    begun = json.loads((stage.folder / BEGUN).read_text(encoding="utf-8"))
+    there, here = ({_named(stage, k): v for k, v in _flat(t, parts).items()} for t in (begun, stage.terms))
     changed = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
@@ -85,25 +91,41 @@ def check_terms(stage: Stage) -> None:
         )
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _is_begun(folder: Path) -> bool:
+    """Whether a stage has written anything into its folder beside the note that it began."""
+    return (folder / BEGUN).exists() and any(p.name != BEGUN for p in folder.iterdir())
+
+
+def _named(stage: Stage, key: str) -> str:
+    """A term by the name that it has in the recipe."""
+    return f"{stage.name}.{key.removeprefix('config.')}" if key.startswith("config.") else key
+
+
+def _flat(table: Mapping[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The values of `table` under `keys`, those of tables within it under dotted names."""
     flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for key in keys:
+        value = table[key]
+        flat |= _flat(value, value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def _outputs(folder: Path) -> dict[str, str]:
-    """Each output by name and hash: files, and checkpoint folders."""
-    entries = sorted(p for p in folder.iterdir() if p.name not in (BEGUN, MANIFEST, "state"))
-    return {p.name: checkpoint_hash(p) if p.is_dir() else sha256_file(p) for p in entries}
+def _hash(output: Path) -> str:
+    """Of a file, or of a checkpoint folder."""
+    return checkpoint_hash(output) if output.is_dir() else sha256_file(output)
 
 
-def _check_outputs(folder: Path, manifest: Mapping[str, Any]) -> None:
-    missing = [name for name in manifest["outputs"] if not (folder / name).exists()]
-    changed = [] if missing else [n for n, h in _outputs(folder).items() if manifest["outputs"].get(n, h) != h]
+def _check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
+    missing = [name for name in outputs if not (folder / name).exists()]
+    changed = [] if missing else [name for name, hash in outputs.items() if _hash(folder / name) != hash]
     if missing or changed:
         what = f"{missing[0]} is gone" if missing else f"{changed[0]} was changed"
         raise ValueError(f"{folder} is finished, but its {what}; delete {folder} to make the stage again")
+
+
+def _forget_state(stage: Stage) -> None:
+    """Remove the training checkpoints of a finished stage."""
+    shutil.rmtree(stage.folder / STATE, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:
@@ -114,8 +136,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def text_hash(text: str) -> str:
-    """SHA-256 of a text, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()

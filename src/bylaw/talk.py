@@ -30,7 +30,9 @@ class ChatConfig:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """`folder` itself if it is a checkpoint, else the newest one of the run in it. Raises FileNotFoundError for neither."""
+    """`folder` itself if it is a checkpoint, else the newest one of the run in it. Raises FileNotFoundError for
+    neither.
+    """
     if (folder / "config.json").exists():
         return folder
     for name in NEWEST_FIRST:

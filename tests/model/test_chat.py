@@ -144,6 +144,12 @@ def test_a_turn_that_is_written_otherwise_later_has_no_span() -> None:
     assert first is None and last is not None and rendered[slice(*last)] == "(thought)No"
 
 
+def test_a_prompt_that_forgets_the_dialogue_has_no_span() -> None:
+    text = "{% for m in messages if not add_generation_prompt %}{{ m.content }}{% endfor %}"
+    template = ChatTemplate(text, "x", TOKENS)
+    assert assistant_spans(template, DIALOGUE, template.render(DIALOGUE, False))[1] is None
+
+
 @pytest.mark.parametrize(
     ("text", "end"),
     [

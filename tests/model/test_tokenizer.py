@@ -335,6 +335,12 @@ def test_special_tokens_are_found_wherever_the_folder_keeps_them(tmp_path: Path)
     assert tokenizer.eos_id == 2 and tokenizer.stop_ids == (2, 4)
 
 
+def test_a_stop_token_is_left_out_of_text_even_if_it_is_not_special(tmp_path: Path) -> None:
+    [bang] = byte_level().encode("!").ids
+    tokenizer = Tokenizer.load(write_folder(tmp_path, generation_config={"eos_token_id": [2, bang]}))
+    assert tokenizer.stop_ids == (2, bang) and tokenizer.decode(tokenizer.encode("so!")) == "so"
+
+
 def test_the_jinja_file_wins_and_generation_settings_are_kept(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": NO_STOP}, {"name": "default", "template": CHATML}]
     config = {"eos_token": "</s>", "chat_template": named}
