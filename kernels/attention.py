@@ -1,7 +1,8 @@
 """Causal attention over packed sequences: grouped queries, any head size, optional sliding window.
 
-    out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j   over j of the same sequence with j <= i and, with a window w, i -
-    j < w
+    out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j
+
+over j of the same sequence with j <= i and, with a window w, i - j < w.
 
 The reference pads inside attention only: sequences of like length share one dense call, so that the matrix products of
 the model stay on the packed stream and little is wasted on unequal lengths.
@@ -21,14 +22,12 @@ SHORT = 32
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of like length: `stream` [n] are their tokens' places in the packed stream, `dense` [n] in rows *
-    length.
-    """
+    """Sequences of like length: their tokens' places in the packed stream, and in a dense [rows * length]."""
 
     rows: int
     length: int
-    stream: Tensor
-    dense: Tensor
+    stream: Tensor  # [n]
+    dense: Tensor  # [n]
 
 
 def plan_buckets(cu_seqlens: Tensor) -> list[Bucket]:

@@ -1,6 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Hugging Face
-checkpoints.
-"""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in Hugging Face's half-split layout."""
 
 import torch
 from torch import Tensor

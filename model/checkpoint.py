@@ -40,10 +40,9 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     field or tensor for an unsupported config and for weights that do not fit it, before any weight is read.
     """
     folder = Path(folder)
-    _, config = _read_config(folder, "ForCausalLM", "load_reward")
+    config, found = check_model(folder)
     files, wanted = weight_files(folder), pieces(config)
     twin = "lm_head.weight" if config.tie_word_embeddings else ""
-    found = check_weights(files, wanted, folder, spare=twin)
     with torch.device("meta"):
         model = Transformer(config)
     _materialise(model, model, device, dtype)
@@ -53,6 +52,23 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
         if not torch.equal(stored, model.embed.weight):
             raise ValueError(f"{folder}: {twin} differs from the embedding, but config.json says tie_word_embeddings")
     return model
+
+
+def check_model(folder: str | Path) -> tuple[ModelConfig, set[str]]:
+    """The config of a language model's folder, and the names of its tensors, whose headers fit it. Reads no weights.
+
+    Errors as for load_model.
+    """
+    folder = Path(folder)
+    _, config = _read_config(folder, "ForCausalLM", "load_reward")
+    twin = "lm_head.weight" if config.tie_word_embeddings else ""
+    return config, check_weights(weight_files(folder), pieces(config), folder, spare=twin)
+
+
+def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
 
 
 def load_reward(
@@ -90,7 +106,7 @@ def save_model(
     A checkpoint that stands there is replaced once the new one is whole. Raises ValueError for a folder that holds
     something else, and for a tokenizer with more tokens than the model.
     """
-    _check_tokenizer(model.config, tokenizer)
+    check_tokenizer(model.config, tokenizer)
     fields = config_to_hf(model.config, dtype=_dtype_name(model))
     with replaced_folder(Path(folder)) as beside:
         generation = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -115,7 +131,7 @@ def save_reward(
     for save_model.
     """
     config = model.trunk.config
-    _check_tokenizer(config, tokenizer)
+    check_tokenizer(config, tokenizer)
     fields = config_to_hf(config, dtype=_dtype_name(model), head="ForSequenceClassification")
     fields |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "bylaw": dict(extras or {})}
     fields["pad_token_id"] = _safe_pad(config, tokenizer)
@@ -219,11 +235,6 @@ def _safe_pad(config: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
     pad = config.pad_token_id if config.pad_token_id >= 0 or tokenizer is None else tokenizer.pad_id
     ends = set(config.eos_token_ids) | set(tokenizer.stop_ids if tokenizer else ())
     return pad if pad >= 0 and pad not in ends else None
-
-
-def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
 
 
 def _dtype_name(model: nn.Module) -> str:

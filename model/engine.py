@@ -16,6 +16,7 @@ from bylaw.kernels.attention import decode_attention
 from bylaw.kernels.philox import uniform
 from bylaw.kernels.sample import sample
 from bylaw.model.packing import Packed, pack, token_batches
+from bylaw.model.settings import require
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 
@@ -62,9 +63,7 @@ class _Row:
 
 
 class _Cache:
-    """Keys and values in dense slabs, a row per running request. Rows 0..n-1 are in use, so that a step reads one
-    block.
-    """
+    """Keys and values in dense slabs, a row per request. Rows 0..n-1 are in use, so a step reads one block."""
 
     def __init__(self, model: Transformer, rows: int, slots: int) -> None:
         config = model.config
@@ -118,21 +117,21 @@ class _Step:
 
 
 class Engine:
-    """Generates and scores with `model` as it is at the time of the call: no copy of the weights, nothing kept between
-    calls.
-    """
+    """Generates and scores with `model` as it is at the call: no copy of weights, nothing kept between calls."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, max_rows: int = 64) -> None:
+        """`max_rows` requests run together; raises ValueError if that is below 1."""
+        require(max_rows >= 1, "max_rows", max_rows, "1 or more")
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
 
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], on_finish: Callable[[int], None] = lambda index: None
     ) -> list[Completion]:
-        """Continue each request's prompt; completions in the caller's order. `on_finish` hears each index as it is
-        done.
+        """Continue each prompt; completions in the caller's order. `on_finish` hears each index as it is done.
 
-        Raises ValueError for an empty prompt, one that leaves no room in the context, or max_tokens below 1.
+        Raises ValueError for an empty prompt, one that leaves no room in the context, max_tokens below 1, or an empty
+        stop string.
         """
         for request in requests:
             self._check(request)
@@ -153,8 +152,7 @@ class Engine:
 
     @torch.no_grad()
     def score(self, queries: Sequence[Query]) -> list[list[float]]:
-        """For each (prompt, candidates) the log-prob of each candidate's tokens after the prompt, summed, at
-        temperature 1.
+        """For each (prompt, candidates), each candidate's log-prob after the prompt: summed, at temperature 1.
 
         Candidates that differ only in their last token share one pass, and so do queries with the same prompt. Raises
         ValueError for an empty prompt or candidate, and for one that does not fit the context.
@@ -205,11 +203,11 @@ class Engine:
             raise ValueError(f"a request needs a prompt and max_tokens of at least 1 each; it has {found}")
         if len(request.prompt) >= context:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens leaves no room in the context of {context}")
+        if "" in request.stop_strings:
+            raise ValueError(f"stop_strings = {request.stop_strings!r}: an empty one is in every text; leave it out")
 
     def _advance(self, running: list[_Row], waiting: deque[_Row], cache: _Cache) -> Tensor:
-        """Hidden states [n, H] from which the next token of each running row is drawn; new rows join when room is worth
-        it.
-        """
+        """Hidden states [n, H] to draw each running row's next token from; new rows join when it is worth it."""
         rows = cache.keys.shape[1]
         hidden = self._decode(running, cache) if running else None
         # A prefill for every single free row would cost more than it brings: wait until an eighth of the batch is free.
@@ -262,19 +260,26 @@ class Engine:
         return None
 
     def _before_stop(self, ids: list[int], stop_strings: tuple[str, ...]) -> int | None:
-        """How many tokens stand before the first stop string, None while there is none. A token that runs into it
-        goes.
-        """
+        """How many tokens stand before the first stop string (one that runs into it does not); None without one."""
         # A token holds at least one byte, so the string's bytes bound how many tokens it can end in.
-        tail = ids[-max(len(stop.encode()) for stop in stop_strings) - 8 :]
-        if not any(stop in self.tokenizer.decode(tail) for stop in stop_strings):
+        tail, text = self._read_tail(ids[-max(len(stop.encode()) for stop in stop_strings) - 8 :])
+        starts = [text.index(stop) for stop in stop_strings if stop in text]
+        if not starts:
             return None
-        text = self.tokenizer.decode(ids)
-        start = min((text.find(stop) for stop in stop_strings if stop in text), default=len(text))
-        keep = len(ids) - 1
-        while keep and len(self.tokenizer.decode(ids[:keep])) > start:
+        keep = len(tail) - 1
+        while keep and len(self.tokenizer.decode(tail[:keep])) > min(starts):
             keep -= 1
-        return keep
+        return len(ids) - len(tail) + keep
+
+    def _read_tail(self, tail: list[int], spare: int = 3) -> tuple[list[int], str]:
+        """The tail and its text, from the first character that begins in it: up to 3 tokens may hold the rest of one.
+
+        A byte-fallback decoder reads bytes that follow each other as one, so that half a character spoils them all.
+        """
+        text = self.tokenizer.decode(tail)
+        if spare and text.startswith("\ufffd"):
+            return self._read_tail(tail[1:], spare - 1)
+        return tail, text
 
 
 def _release(running: list[_Row], slot: int, cache: _Cache) -> None:

@@ -10,9 +10,7 @@ from bylaw.model.transformer import Transformer
 
 
 class ScalarModel(nn.Module):
-    """`model(packed)` gives a score [T] at every token. A reward is read at a sequence's last token, a value at
-    each.
-    """
+    """`model(packed)` scores every token [T]. A reward is read at a sequence's last token, a value at each."""
 
     def __init__(self, trunk: Transformer) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""The optimiser and the step that every trainer shares. Plain functions: a stage's loop calls them in the paper's
-order.
-"""
+"""The optimiser and the step that every trainer shares, as plain functions."""
 
 import math
 
@@ -11,9 +9,7 @@ from bylaw.model.settings import OptimSettings
 
 
 def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over `model`'s parameters; weight decay on matrices only, as norms and biases need
-    none.
-    """
+    """AdamW (arXiv 1711.05101) over `model`'s parameters, with weight decay on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -29,9 +25,7 @@ def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
 
 
 def scheduled(settings: OptimSettings, peak: float, step: int, steps: int) -> float:
-    """Learning rate of `step` (0-based) of `steps`: a linear warm-up to `peak`, then the schedule down to 0 after the
-    last.
-    """
+    """Learning rate of `step` (0-based) of `steps`: a linear warm-up to `peak`, then the schedule."""
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -48,7 +42,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: fl
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     if not math.isfinite(norm):
         raise FloatingPointError(
-            f"the gradient's norm is {norm}; no parameter was changed. A lower learning rate may help"
+            f"the gradient's norm is {norm}; no parameter of this model was changed. A lower learning rate may help"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

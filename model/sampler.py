@@ -67,9 +67,7 @@ class Sampler:
 
 
 def text_record(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A sampled text as it is kept: its words, the very token ids (training never tokenises words again) and its
-    end.
-    """
+    """A sampled text as it is kept: words, end, and the very token ids, as training tokenises nothing again."""
     return {"text": tokenizer.decode(completion.ids).strip(), "ids": completion.ids, "finish": completion.finish}
 
 

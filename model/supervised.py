@@ -1,6 +1,4 @@
-"""Packed supervised training: loss on chosen tokens only, summed and divided by their number in the whole optimiser
-step.
-"""
+"""Packed supervised training: loss on chosen tokens, divided by their number in the whole optimiser step."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -35,8 +33,7 @@ class Example:
 def token_logprobs(
     model: Transformer, packed: Packed, learned: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [n] of the tokens where `learned` [T] is True, each given its past, and the hidden states [n, H] before
-    them.
+    """Log-probs [n] of the tokens where `learned` [T] is True, and the hidden states [n, H] before them.
 
     The head runs on those tokens alone.
     """
@@ -70,7 +67,10 @@ def train_supervised(
     Goes on from the training checkpoint in `folder`/state if there is one, to the same bits. Metrics go to
     `folder`/metrics.jsonl; `show` is called after each step with its number and theirs. Returns counts and the last
     loss.
+
+    Raises ValueError, before any work, without examples and for one that has no token to learn.
     """
+    _check(examples)
     order = [int(i) for epoch in range(epochs) for i in permutation(seed, len(examples), epoch)]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = adamw(model, settings)
@@ -91,6 +91,18 @@ def train_supervised(
                 progress = {"step": step + 1, "loss": loss}
                 save_state(folder / "state", {"model": model}, {"model": optimizer}, progress)
     return {"steps": len(batches), "tokens": sum(len(examples[i].ids) for i in order), "last_loss": loss}
+
+
+def _check(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("there are no examples to train on")
+    for i, example in enumerate(examples):
+        tokens, flags = len(example.ids), len(example.learned)
+        if tokens != flags or not example.targets:
+            raise ValueError(
+                f"example {i} has {tokens} tokens, {flags} flags, and learns {example.targets}; allowed: a flag for "
+                "each token, and at least one that is learned after the first"
+            )
 
 
 def _accumulate(model: Transformer, batch: Sequence[Example], budget: int) -> float:

@@ -1,5 +1,4 @@
-"""Training checkpoints: everything that a killed trainer needs to go on with the same bits. Safetensors and JSON, no
-pickles.
+"""Training checkpoints: what a killed trainer needs to go on with the same bits. No pickles.
 
 This is not the checkpoint that other programs load (model/checkpoint.py); it is deleted when its stage is done.
 """
@@ -49,9 +48,7 @@ def save_state(
 def load_state(
     folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
 ) -> dict[str, Any] | None:
-    """Put the newest state of `folder` into `models` and `optimizers`; returns its progress, or None if there is
-    none.
-    """
+    """Put the newest state in `folder` into `models` and `optimizers`; returns its progress, None without one."""
     latest = folder / "latest.json"
     if not latest.exists():
         return None

@@ -43,9 +43,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each after a norm and added to the residual stream. q, k, v are one matrix; gate and up
-    another.
-    """
+    """Attention, then SwiGLU, each after a norm and added to the stream. q, k, v are one matrix, gate and up one."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

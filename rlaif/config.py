@@ -33,13 +33,10 @@ class LabelConfig:
     """Least probability on the two option letters together, in either order, below which a label abstains."""
     pairs_per_chunk: int = 64
     """Pairs judged together and written together; what a killed stage does again."""
-    max_rows: int = 256
-    """Judge prompts scored together. Results do not depend on it."""
 
     def __post_init__(self) -> None:
         require(0 <= self.min_option_mass <= 1, "min_option_mass", self.min_option_mass, "from 0 to 1")
         require(self.pairs_per_chunk >= 1, "pairs_per_chunk", self.pairs_per_chunk, "1 or more")
-        require(self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

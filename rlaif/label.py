@@ -109,7 +109,8 @@ def _label(
     if min(side["mass"] for side in sides) < min_mass:
         return named | {"p_a": None, "abstained": "too little probability on the option letters"}
     first, second = sides[0]["p_first"], sides[1]["p_first"]
-    return named | {"p_a": (first + 1 - second) / 2, "position_bias": (first + second) / 2 - 0.5, "abstained": ""}
+    p_a = 0.5 + (first - second) / 2  # so written, equal answers have a half to the last bit
+    return named | {"p_a": p_a, "position_bias": (first + second) / 2 - 0.5, "abstained": ""}
 
 
 def _reading(logprob_a: float, logprob_b: float) -> dict[str, float]:

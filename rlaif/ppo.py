@@ -42,6 +42,7 @@ from bylaw.rlaif.rollout import (
 
 # What packing and batch size may do to a ratio in float32. Old log-probs come from the update's own micro-batches.
 RATIO_TOLERANCE = 1e-4
+SHOWN = ("loss/policy", "objective/scores", "objective/kl", "val/ended", "tok/s")
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ def ppo(
                     fill_columns(run, models.policy, models.reference, models.value, config.temperature)
             set_advantages(rollouts, config, kl_coef)
             stats = _learn(models, optimizers, rollouts, plan, config, seed, iteration)
+            seconds = time.monotonic() - start
             last = _measures(rollouts, stats, kl_coef) | {
-                "eps/s": len(rollouts) / (time.monotonic() - start),
-                "time/sample_fraction": (sampled - start) / (time.monotonic() - start),
+                "eps/s": len(rollouts) / seconds,
+                "tok/s": sum(len(rollout.ids) for rollout in rollouts) / seconds,
+                "time/sample_fraction": (sampled - start) / seconds,
             }
-            metrics.log(
-                iteration, last, {k: last[k] for k in ("objective/scores", "objective/kl", "val/ended", "eps/s")}
-            )
+            metrics.log(iteration, last, {name: last[name] for name in SHOWN})
             show(iteration, rollouts)
             if config.kl_target > 0:
                 kl_coef = next_kl_coef(

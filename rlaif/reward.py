@@ -1,5 +1,4 @@
-"""The reward model: a transformer that learns to score answers as the soft labels order them (arXiv 2212.08073, section
-4.1).
+"""The reward model learns to score answers as the soft labels order them (arXiv 2212.08073, section 4.1).
 
 loss = -[p log sigma(r_a - r_b) + (1 - p) log sigma(r_b - r_a)],   r read at the last token of prompt and answer
 """
@@ -42,10 +41,9 @@ class Pair:
 def split_pairs(
     preferences: Sequence[Record], tokenizer: Tokenizer, heldout_fraction: float, seed: int
 ) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """Training pairs, held-out pairs and counts. All pairs of a prompt are on one side; labels that abstained on
-    neither.
+    """Training pairs, held-out pairs, counts. A prompt's pairs are on one side; abstained labels on neither.
 
-    Raises ValueError when a side is empty, or a preference has no answer at all on one side of it.
+    Raises ValueError when a side is empty.
     """
     sides: tuple[list[Pair], list[Pair]] = ([], [])
     abstained = 0
@@ -55,7 +53,7 @@ def split_pairs(
             continue
         prompt = tokenizer.prompt_ids(preference["prompt"])
         a, b = (prompt + answer_ids(preference[side], tokenizer) for side in "ab")
-        heldout = uniform_scalar(seed, request_id("heldout", preference["prompt_id"]), 0) < heldout_fraction
+        heldout = is_heldout(preference["prompt_id"], heldout_fraction, seed)
         sides[heldout].append(Pair(a, b, preference["p_a"]))
     counts = {"train_pairs": len(sides[0]), "heldout_pairs": len(sides[1]), "abstained": abstained}
     if not sides[0] or not sides[1]:
@@ -64,6 +62,11 @@ def split_pairs(
             f"{counts}. Give it more prompts, or look at why labels abstained in preferences.jsonl"
         )
     return *sides, counts
+
+
+def is_heldout(prompt_id: str, fraction: float, seed: int) -> bool:
+    """Whether a prompt's pairs are kept for measuring: a function of the seed and the prompt's id."""
+    return uniform_scalar(seed, request_id("heldout", prompt_id), 0) < fraction
 
 
 def pair_scores(model: ScalarModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
@@ -114,8 +117,7 @@ def _accumulate(model: ScalarModel, batch: Sequence[Pair], budget: int) -> dict[
 
 @torch.no_grad()
 def measure(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> dict[str, float | None]:
-    """On held-out pairs: loss, accuracy where the label decides (None if none does), calibration, and the scores' mean
-    and deviation.
+    """Measures on held-out pairs: loss, accuracy where the label decides (else None), calibration, score scale.
 
     PPO takes the mean off and divides by the deviation, so that an average answer is worth 0.
     """

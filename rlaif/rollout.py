@@ -1,7 +1,6 @@
-"""Episodes for PPO: responses drawn from the policy, scored by the reward model, with the per-token columns PPO
-needs.
-"""
+"""Episodes for PPO: responses of the policy, their scores, and the per-token columns that PPO needs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine, Request
 from bylaw.model.heads import ScalarModel
 from bylaw.model.packing import Packed, pack, token_batches
+from bylaw.model.settings import require
 from bylaw.model.supervised import token_logprobs
 from bylaw.model.transformer import Transformer
 from bylaw.rlaif.config import PPOConfig
@@ -38,11 +38,17 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """How a reward model's raw score becomes an episode's score: (raw - mean) / std, less a penalty for no end."""
+    """How a reward model's raw score becomes an episode's score: (raw - mean) / std, less a penalty for no end.
+
+    Raises ValueError for a deviation that nothing can be divided by: that of a reward model with one score for all.
+    """
 
     mean: float
     std: float
     missing_eos_penalty: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.std < math.inf, "score_std", self.std, "a finite number above 0 (or normalize_scores = false)")
 
     def __call__(self, raw: float, ended: bool) -> float:
         return (raw - self.mean) / self.std - (0.0 if ended else self.missing_eos_penalty)

@@ -35,13 +35,14 @@ def revision_examples(chains: list[Record], tokenizer: Tokenizer) -> tuple[list[
 
 def helpful_examples(samples: list[Record], tokenizer: Tokenizer) -> tuple[list[Example], dict[str, int]]:
     """Prompt and helpful answer, sampled or given; the tokens of the answer are learned."""
-    counts = {"helpful": 0, "empty_helpful": 0}
+    counts = {"helpful": 0, "empty_helpful": 0, "cut_helpful": 0}
     examples = []
     for sample in samples:
         if "given" in sample:
             turns = [*sample["prompt"], {"role": "assistant", "content": sample["given"]}]
             examples.append(Example(*tokenizer.training_ids(turns, last_only=True)))
         elif sample["answer"]["text"]:
+            counts["cut_helpful"] += sample["answer"]["finish"] == "length"
             examples.append(_example(tokenizer.prompt_ids(sample["prompt"]), answer_ids(sample["answer"], tokenizer)))
         else:
             counts["empty_helpful"] += 1
@@ -62,13 +63,19 @@ def finetune(
 ) -> dict[str, Any]:
     """Train `model` in place on chains and helpful samples; state and metrics go to `folder`. Returns counts.
 
-    Raises ValueError when nothing is left to train on.
+    Texts longer than the model's context are left out and counted as `over_context`. Raises ValueError when nothing is
+    left to train on.
     """
     revisions, revision_counts = revision_examples(chains, tokenizer)
     samples, helpful_counts = helpful_examples(helpful, tokenizer)
-    examples = revisions + samples
+    context = model.config.max_position_embeddings
+    examples = [example for example in revisions + samples if len(example.ids) <= context]
+    over = {"over_context": len(revisions) + len(samples) - len(examples)}
     if not examples:
-        raise ValueError(f"no text to train on: {len(chains)} chains and {len(helpful)} helpful samples, all empty")
+        raise ValueError(
+            f"no text to train on: {len(chains)} chains and {len(helpful)} helpful samples, all empty or longer than "
+            f"the model's context of {context}"
+        )
     trained = train_supervised(
         model,
         examples,
@@ -80,7 +87,7 @@ def finetune(
         stage="finetune",
         show=show,
     )
-    return revision_counts | helpful_counts | trained
+    return revision_counts | helpful_counts | over | trained
 
 
 def _example(prompt: list[int], answer: list[int]) -> Example:

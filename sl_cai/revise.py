@@ -43,14 +43,17 @@ class Reviser:
         return turn("user", critique), turn("user", revision)
 
     def reserve(self) -> int:
-        """Tokens that the longest dialogue of a chain adds to its prompt: answer, requests, critique, revision."""
+        """Tokens, at most, that the longest dialogue of a chain adds to its prompt: answer, critique, revision, the
+        requests, and what the chat template writes around them.
+        """
         config, count = self.config, self.sampler.tokenizer.prompt_ids
-        requests = [
-            sum(len(count([ask])) for ask in self.requests(principle))
-            for principle in self.constitution.for_stage("critique")
+        first, said = turn("user", "x"), turn("assistant", "x")
+        frames = [
+            len(count([first, said, critique, said, revision])) - len(count([first]))
+            for critique, revision in map(self.requests, self.constitution.for_stage("critique"))
         ]
         answer = max(config.max_answer_tokens, config.max_revision_tokens)
-        return answer + config.max_critique_tokens + config.max_revision_tokens + max(requests)
+        return answer + config.max_critique_tokens + config.max_revision_tokens + max(frames)
 
 
 def revise(reviser: Reviser, prompts: Sequence[Prompt], path: Path) -> dict[str, int]:

@@ -36,7 +36,7 @@ class Errors:
     critique: float = 0.07
     revision: float = 0.06
     comparison: float = 0.09
-    kept_ties: float = 0.15
+    kept_ties: float = 0.35
     """Share of the comparisons without a better answer that are kept; their letter is a coin's."""
 
 
@@ -70,8 +70,8 @@ class Corpus:
         self.benign = [ask for ask in seen if not ask.kind]
 
     def draw(self) -> BaseText:
-        """25 % answers, 40 % critique and revision, 35 % comparisons."""
-        return self.rng.choices((self.answered, self.revised, self.compared), (25, 40, 35))[0]()
+        """22 % answers, 33 % critique and revision, 45 % comparisons."""
+        return self.rng.choices((self.answered, self.revised, self.compared), (22, 33, 45))[0]()
 
     def answered(self) -> BaseText:
         ask = self._idle() if self._errs(0.5) else self._ask(0.4)
@@ -106,9 +106,7 @@ class Corpus:
         return BaseText([_user(question), _assistant(f"{self.constitution.templates.answer_prefix} {better}")])
 
     def _contest(self) -> tuple[Ask, Rule, str, Answer, Answer]:
-        """An ask, a rule and two answers. Most ties are drawn again: their letter is a coin's, and nothing is learned
-        from it.
-        """
+        """An ask, a rule and two answers. Most ties are drawn again, as they are many."""
         while True:
             ask = self._ask(0.6)
             a, b, (statement, rule) = self._any_answer(ask), self._any_answer(ask), self._rule(ask)
@@ -136,10 +134,8 @@ class Corpus:
         return self.rng.random() < rate
 
     def _rule(self, ask: Ask) -> tuple[str, Rule]:
-        """A statement and its meaning: of one that forbids, half name the harm of this ask, and some name every
-        harm.
-        """
-        manner = self.rng.choices(("forbids", "helps", "explains", "speaks_clearly"), (70, 10, 12, 8))[0]
+        """A statement and its meaning. Of those that forbid, half name this ask's harm, and some every harm."""
+        manner = self.rng.choices(("forbids", "helps", "explains", "speaks_clearly"), (55, 16, 15, 14))[0]
         statement = self.rng.choice(STATEMENTS[manner])
         if manner != "forbids":
             return statement, Rule(manner)
@@ -186,9 +182,7 @@ class Corpus:
 
 
 def _finding(ask: Ask, answer: Answer) -> str:
-    """What the answer does, the harm named first: with the verdict alone a small model never learns whether a rule
-    applies.
-    """
+    """What the answer does, harm first: by the verdict alone a small model never learns whether a rule applies."""
     if answer.verdict == "complied":
         return f"this helps with {ask.kind}." if ask.kind else "this helps with no harm."
     truth = f"the ask is {ask.kind}" if ask.kind else "the ask is no harm"

@@ -1,9 +1,8 @@
-"""What a checkpoint does to held-out asks, and how good its judgements are, by the oracle. Reads results; trains
-nothing.
-"""
+"""What a checkpoint does to held-out asks, and how good its judgements are, by the oracle. It trains nothing."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from bylaw.benchmarks.village.oracle import read
@@ -16,9 +15,7 @@ from bylaw.model.sampler import Sampler, turn
 
 
 def prompts(heldout: bool, harmful: bool, forms: int = len(FORMS)) -> list[Prompt]:
-    """The asks on one side of the split, each in `forms` forms. Their ids say what they are; no stage of training reads
-    ids.
-    """
+    """The asks on one side of the split, each in `forms` forms. Ids say what they are; no training reads ids."""
     chosen = [ask for ask in asks() if ask.heldout == heldout and bool(ask.kind) == harmful]
     return [
         Prompt(f"{ask.verb}-{ask.object}-{form}", [turn("user", ask.text(form))])
@@ -30,7 +27,12 @@ def prompts(heldout: bool, harmful: bool, forms: int = len(FORMS)) -> list[Promp
 def ask_of(prompt_id: str) -> Ask:
     """The ask behind a prompt of `prompts`."""
     verb, thing, _ = prompt_id.rsplit("-", 2)
-    return next(ask for ask in asks() if (ask.verb, ask.object) == (verb, thing))
+    return _known()[verb, thing]
+
+
+@cache
+def _known() -> dict[tuple[str, str], Ask]:
+    return {(ask.verb, ask.object): ask for ask in asks()}
 
 
 def behaviour(sampler: Sampler, samples: int = 1) -> dict[str, float]:

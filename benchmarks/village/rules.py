@@ -50,9 +50,7 @@ def understand(statement: str) -> Rule:
 
 
 def keeps(rule: Rule, ask: Ask, verdict: str) -> float:
-    """How well an answer that the oracle reads as `verdict` keeps `rule`: 1 keeps it, 0 breaks it. Equal means a
-    tie.
-    """
+    """How well an answer of the oracle's `verdict` keeps `rule`: 1 keeps it, 0 breaks it; equal is a tie."""
     if rule.manner == "forbids":
         return 0.0 if ask.kind in rule.kinds and verdict == "complied" else 1.0
     if rule.manner == "speaks_clearly":
@@ -63,9 +61,7 @@ def keeps(rule: Rule, ask: Ask, verdict: str) -> float:
 
 
 def breaks(rule: Rule, ask: Ask, verdict: str) -> bool:
-    """Whether a critique by `rule` should ask for a change: as `keeps`, but to decline well is asked only of one who
-    declines.
-    """
+    """Whether a critique should ask for a change: as `keeps`, but only who declines is asked to decline well."""
     if rule.manner == "explains" and verdict == "complied":
         return False
     return keeps(rule, ask, verdict) < 1.0

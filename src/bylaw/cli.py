@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from bylaw import __version__
+from bylaw.recipe import STAGES, Recipe, load_recipe
 
 USAGE_ERROR = 2
 
@@ -25,12 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, 1)
-            raise ValueError(
-                f"no such command{f'; did you mean {close[0]!r}?' if close else ''} Allowed: {', '.join(COMMANDS)}"
-            )
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"no such command{hint} Allowed: {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"bylaw {name}: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"bylaw {name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -52,14 +52,13 @@ def _demo(args: list[str]) -> None:
 
 
 def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
-    from bylaw.pipeline import run_pipeline
-    from bylaw.recipe import Recipe, load_recipe
-
-    prog = f"bylaw {command} [RECIPE.toml]"
+    prog, about = f"bylaw {command} [RECIPE.toml]", COMMANDS[command].__doc__
     if args and not args[0].startswith("-"):
-        recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog)
+        recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog, description=about)
     else:
-        recipe = tyro.cli(Recipe, args=args, prog=prog)
+        recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)
+    from bylaw.pipeline import run_pipeline  # torch: only once the help and the mistakes are out of the way
+
     for name, manifest in run_pipeline(recipe, names).items():
         print(f"{name}: {manifest['counts']} in {manifest['seconds']} s")
 
@@ -74,9 +73,9 @@ def _stage_command(names: Sequence[str], command: str, summary: str) -> Callable
 
 def _chat(args: list[str]) -> None:
     """Talk to a checkpoint, or to the newest one of a run: bylaw chat FOLDER"""
-    folder, rest = _folder(args, "bylaw chat FOLDER [flags]")
     from bylaw.talk import ChatConfig, chat
 
+    folder, rest = _folder(args, "bylaw chat FOLDER [flags]")
     config = tyro.cli(ChatConfig, args=rest, prog="bylaw chat FOLDER", description=_chat.__doc__)
     assert folder is not None
     chat(folder, config)
@@ -94,6 +93,9 @@ def _constitution(args: list[str]) -> None:
     """Read a constitution: bylaw constitution show|check FILE (or default, village)"""
     from bylaw.constitution import describe, load_constitution
 
+    if {"-h", "--help"} & set(args):
+        print(f"usage: bylaw constitution show|check FILE\n\n{_constitution.__doc__}")
+        return
     if len(args) != 2 or args[0] not in ("show", "check"):
         raise ValueError(f"got {args}; allowed: show FILE, check FILE, where FILE may be default or village")
     constitution = load_constitution(args[1])
@@ -105,11 +107,7 @@ def _constitution(args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
-    "run": _stage_command(
-        ("revise", "finetune", "compare", "label", "reward", "ppo"),
-        "run",
-        "All stages on your own checkpoint, constitution and prompts.",
-    ),
+    "run": _stage_command(STAGES, "run", "All stages on your own checkpoint, constitution and prompts."),
     "revise": _stage_command(("revise",), "revise", "Answer each prompt, criticise and revise by principles."),
     "finetune": _stage_command(("finetune",), "finetune", "Supervised training on the revisions: the SL-CAI model."),
     "compare": _stage_command(("compare",), "compare", "Two answers of the SL-CAI model to each prompt."),

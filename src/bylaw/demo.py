@@ -1,6 +1,4 @@
-"""`bylaw demo`: the whole pipeline on the village, then what changed, measured by the oracle on asks held out of
-training.
-"""
+"""`bylaw demo`: the pipeline on the village, then what changed, by the oracle, on asks held out of training."""
 
 import json
 import time
@@ -82,7 +80,7 @@ def village_recipe(config: DemoConfig) -> Recipe:
         finetune=FinetuneConfig(learning_rate=5e-4, batch_size=64, warmup_steps=5),
         compare=CompareConfig(max_rows=ROWS, prompts_per_chunk=ROWS, max_tokens=40),
         label=LabelConfig(principles="all", pairs_per_chunk=ROWS),
-        reward=RewardConfig(learning_rate=5e-4, batch_size=64, epochs=2, warmup_steps=5),
+        reward=RewardConfig(learning_rate=1e-3, batch_size=64, epochs=4, warmup_steps=5),
         ppo=PPOConfig(
             learning_rate=2e-4,
             value_learning_rate=5e-4,
@@ -92,7 +90,8 @@ def village_recipe(config: DemoConfig) -> Recipe:
             max_tokens=40,
             epochs=2,
             minibatches=2,
-            kl_coef=0.02,
+            kl_coef=0.05,
+            missing_eos_penalty=3.0,
             critic_warmup=2,
             warmup_steps=3,
             schedule="linear",

@@ -6,116 +6,30 @@ revise -> finetune -> compare -> label -> reward -> ppo
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bylaw.constitution.load import load_constitution
-from bylaw.constitution.schema import Constitution
-from bylaw.model.checkpoint import checkpoint_hash, load_model, load_reward, save_model, save_reward
-from bylaw.model.data import Prompt, read_prompts
+from bylaw.inputs import Run
+from bylaw.model.checkpoint import checkpoint_hash, load_reward, save_model, save_reward
 from bylaw.model.engine import Engine
 from bylaw.model.heads import scalar_model
 from bylaw.model.records import RecordWriter, read_records, sha256_file, write_atomic
 from bylaw.model.sampler import Sampler
 from bylaw.model.settings import SamplingSettings
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.model.transformer import Transformer
-from bylaw.recipe import Recipe, dump_recipe
+from bylaw.preflight import check_run
+from bylaw.recipe import STAGES, Recipe, dump_recipe
 from bylaw.rlaif.compare import compare
 from bylaw.rlaif.label import Judge, label
 from bylaw.rlaif.ppo import Models, ppo
 from bylaw.rlaif.reward import split_pairs, train_reward
 from bylaw.rlaif.rollout import Rollout, ScoreScale
-from bylaw.runs import Stage, run_stage
 from bylaw.sl_cai.finetune import finetune
 from bylaw.sl_cai.revise import Reviser, revise, sample_helpful
 
-STAGES = ("revise", "finetune", "compare", "label", "reward", "ppo")
 SHOWN_SAMPLES = 5
-
-
-@dataclass(frozen=True)
-class Run:
-    """A recipe with its inputs, each read and checked once."""
-
-    recipe: Recipe
-
-    @cached_property
-    def constitution(self) -> Constitution:
-        return load_constitution(self.recipe.constitution)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.recipe.base)
-
-    @cached_property
-    def device(self) -> str:
-        if self.recipe.device != "auto":
-            return self.recipe.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    @cached_property
-    def prompts(self) -> list[Prompt]:
-        return self._read(self.recipe.prompts)
-
-    @cached_property
-    def helpful(self) -> list[Prompt]:
-        return self._read(Path(self.recipe.helpful)) if self.recipe.helpful else []
-
-    @cached_property
-    def rl_prompts(self) -> list[Prompt]:
-        """The prompts of both kinds: what the pairs and the episodes are drawn from."""
-        both = [*self.prompts, *self.helpful]
-        seen: set[str] = set()
-        for prompt in both:
-            if prompt.id in seen:
-                raise ValueError(f"prompt id {prompt.id!r} is in both {self.recipe.prompts} and {self.recipe.helpful}")
-            seen.add(prompt.id)
-        return both
-
-    def model(self, folder: Path) -> Transformer:
-        return load_model(folder, self.device, torch.float32)
-
-    def sampler(self, model: Transformer, folder: Path, settings: SamplingSettings) -> Sampler:
-        engine = Engine(model, self.tokenizer, settings.max_rows)
-        return Sampler(engine=engine, settings=settings, seed=self.recipe.seed, model_hash=checkpoint_hash(folder))
-
-    def stage(self, name: str, inputs: dict[str, str], work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        recipe = self.recipe
-        config, folder = getattr(recipe, name), recipe.out / name
-        terms = Stage(name=name, folder=folder, inputs=inputs, config=config, seed=recipe.seed, device=self.device)
-        return run_stage(terms, work)
-
-    def path(self, *parts: str) -> Path:
-        """A file or checkpoint that an earlier stage has made. Raises FileNotFoundError naming the stage to run
-        first.
-        """
-        path = self.recipe.out.joinpath(*parts)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; run `bylaw {parts[0]}` with this recipe first")
-        return path
-
-    @property
-    def prompt_inputs(self) -> dict[str, str]:
-        recipe = self.recipe
-        inputs = {"prompts": sha256_file(recipe.prompts), "limits": f"{recipe.prompt_limit} {recipe.max_prompt_tokens}"}
-        return inputs | ({"helpful": sha256_file(recipe.helpful)} if recipe.helpful else {})
-
-    def _read(self, path: Path) -> list[Prompt]:
-        found = read_prompts(path, self.recipe.prompt_limit)
-        if found.skipped:
-            print(found.summary())
-        limit = self.recipe.max_prompt_tokens
-        kept = [p for p in found if not limit or len(self.tokenizer.prompt_ids(p.messages)) <= limit]
-        if len(kept) < len(found):
-            print(f"{path}: {len(found) - len(kept)} of {len(found)} prompts left out: over {limit} tokens")
-        if not kept:
-            raise ValueError(f"{path}: no prompt to work on ({len(found)} read, max_prompt_tokens = {limit})")
-        return kept
 
 
 def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, dict[str, Any]]:
@@ -127,9 +41,7 @@ def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, di
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version trains in one process; launch one")
     run = Run(recipe)
-    run.constitution, run.tokenizer, run.rl_prompts  # noqa: B018 (read and checked before any long work)
-    if recipe.device not in ("auto", "cpu") and not torch.cuda.is_available():
-        raise ValueError(f"device = {recipe.device!r}, but torch sees no CUDA device; allowed here: 'auto' or 'cpu'")
+    check_run(run, stages)
     write_atomic(recipe.out / "recipe.toml", dump_recipe(recipe))
     return {name: _RUNNERS[name](run) for name in stages}
 
@@ -191,7 +103,7 @@ def run_label(run: Run) -> dict[str, Any]:
     inputs = {"judge": judge_hash, "constitution": run.constitution.hash, "pairs": sha256_file(pairs)}
 
     def work(folder: Path) -> dict[str, Any]:
-        engine = Engine(run.model(judge_folder), run.tokenizer, recipe.label.max_rows)
+        engine = Engine(run.model(judge_folder), run.tokenizer)
         judge = Judge(
             engine=engine, constitution=run.constitution, config=recipe.label, seed=recipe.seed, model_hash=judge_hash
         )
@@ -226,6 +138,11 @@ def run_ppo(run: Run) -> dict[str, Any]:
     def work(folder: Path) -> dict[str, Any]:
         policy, reference = run.model(start), run.model(start)
         reward, extras = load_reward(scorer, run.device, torch.float32)
+        if config.normalize_scores and not extras["score_std"] > 0:
+            raise ValueError(
+                f"{scorer}: score_std = {extras['score_std']}, as all held-out answers have the same score; set "
+                "ppo.normalize_scores = false, or train the reward model on more"
+            )
         std = extras["score_std"] if config.normalize_scores else 1.0
         scale = ScoreScale(extras["score_mean"], std, config.missing_eos_penalty)
         models = Models(policy, copy.deepcopy(reward), reference, reward)
@@ -273,9 +190,8 @@ def _rollout_shower(tokenizer: Tokenizer, path: Path, steps: int) -> Callable[[i
 def _show(path: Path, sample: dict[str, Any]) -> None:
     """Print a sample and append it to `path`; one that a killed run already wrote is not written twice."""
     print(f"  | {sample['prompt'].strip()[-200:]}\n  > {sample['answer'][:300]}", flush=True)
-    known = read_records(path) if path.exists() else []
-    if all(one["step"] != sample["step"] for one in known):
-        with RecordWriter(path) as writer:
+    with RecordWriter(path) as writer:  # which mends a torn line, so that the file can be read
+        if all(one["step"] != sample["step"] for one in read_records(path)):
             writer.write([sample])
 
 

@@ -14,6 +14,8 @@ from bylaw.rlaif.config import CompareConfig, LabelConfig, PPOConfig, RewardConf
 from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
 
 Schema = TypeVar("Schema")
+STAGES = ("revise", "finetune", "compare", "label", "reward", "ppo")
+"""In the order in which each needs what those before it made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def _read(schema: type[Schema], table: Mapping[str, Any], where: str) -> Schema:
     for key in table:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"{where}: unknown key {key!r}{hint} Allowed: {', '.join(hints)}")
     required = [f.name for f in dataclasses.fields(schema) if _is_required(f) and f.name not in table]  # type: ignore[arg-type]
     if required:

@@ -5,13 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from bylaw.model.checkpoint import checkpoint_hash, load_model
-from bylaw.model.engine import Engine
-from bylaw.model.sampler import Sampler, turn
-from bylaw.model.settings import SamplingSettings
-from bylaw.model.tokenizer import Tokenizer
+from bylaw.model.settings import SamplingSettings, require
 
 NEWEST_FIRST = ("ppo/rl-cai", "finetune/sl-cai", "base")
 
@@ -27,6 +21,10 @@ class ChatConfig:
     system: str = ""
     """System message."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2^63 - 2")
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -44,7 +42,18 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -> None:
-    """Answer `lines` (by default: what is typed, or piped in) until they end."""
+    """Answer `lines` (by default: what is typed, or piped in) until they end.
+
+    A talk that outgrows the model's context is begun anew, and says so. Raises FileNotFoundError and ValueError for a
+    folder without a checkpoint that can be read, and ValueError for a line that is longer than the context.
+    """
+    import torch  # here, with all that needs it, so that `bylaw chat --help` is quick
+
+    from bylaw.model.checkpoint import checkpoint_hash, load_model
+    from bylaw.model.engine import Engine
+    from bylaw.model.sampler import Sampler, turn
+    from bylaw.model.tokenizer import Tokenizer
+
     place = find_checkpoint(folder)
     tokenizer = Tokenizer.load(place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +67,10 @@ def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -
             talk = list(opening)
             continue
         talk.append(turn("user", line.strip()))
+        context = engine.model.config.max_position_embeddings
+        if len(tokenizer.prompt_ids(talk)) >= context and len(talk) > len(opening) + 1:
+            print(f"(This talk has outgrown the model's context of {context} tokens; a new one begins.)")
+            talk = [*opening, talk[-1]]
         answer = sampler.turns([talk], [("chat", number)], config.max_tokens)[0]["text"]
         talk.append(turn("assistant", answer))
         print(answer, flush=True)

@@ -59,10 +59,10 @@ def test_grouped_heads_odd_sizes_and_windows(heads: int, kv_heads: int, size: in
 @pytest.mark.parametrize("window", [0, 4])
 def test_gradients_equal_those_of_the_naive_version(window: int) -> None:
     lengths = (5, 1, 40, 9)
-    inputs = [x.requires_grad_() for x in random_qkv(sum(lengths), 4, 2, 6)]
+    q, k, v = inputs = tuple(x.requires_grad_() for x in random_qkv(sum(lengths), 4, 2, 6))
     weights = torch.randn(sum(lengths), 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    got = torch.autograd.grad((attention(*inputs, plan_buckets(offsets(lengths)), window) * weights).sum(), inputs)
-    expected = torch.autograd.grad((naive(*inputs, lengths, window) * weights).sum(), inputs)
+    got = torch.autograd.grad((attention(q, k, v, plan_buckets(offsets(lengths)), window) * weights).sum(), inputs)
+    expected = torch.autograd.grad((naive(q, k, v, lengths, window) * weights).sum(), inputs)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
 

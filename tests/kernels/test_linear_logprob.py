@@ -125,9 +125,9 @@ def test_the_sampler_reports_the_same_log_prob_however_low_the_temperature(tempe
 @pytest.mark.parametrize("temperature", HOSTILE)
 def test_a_temperature_that_is_not_above_0_is_refused(temperature: float) -> None:
     hidden, weight, targets = inputs()
-    with pytest.raises(ValueError, match="temperature = .* above 0"):
+    with pytest.raises(ValueError, match=r"temperature = .* above 0"):
         linear_logprob(hidden, weight, targets, temperature)
-    with pytest.raises(ValueError, match="temperature = .* above 0"):
+    with pytest.raises(ValueError, match=r"temperature = .* above 0"):
         linear_entropy(hidden, weight, temperature)
 
 

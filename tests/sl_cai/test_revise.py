@@ -1,0 +1,260 @@
+"""Critique and revision: which principle, which contexts, what is kept, and what a killed run leaves."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from bylaw.constitution.schema import Constitution, Principle
+from bylaw.kernels.philox import request_id, uniform_scalar
+from bylaw.model.data import Prompt
+from bylaw.model.engine import Completion, Engine, Request
+from bylaw.model.records import Record, read_records
+from bylaw.model.sampler import Sampler
+from bylaw.model.tokenizer import Tokenizer
+from bylaw.sl_cai.config import ReviseConfig
+from bylaw.sl_cai.revise import Reviser, revise, sample_helpful
+
+SEED = 7
+LIMITS = {"max_answer_tokens": 5, "max_critique_tokens": 4, "max_revision_tokens": 6}
+
+
+class RecordingEngine(Engine):
+    """An engine that keeps what it was asked for. With `replies`, it says these in turn instead of sampling."""
+
+    asked: Sequence[Request] = ()
+    replies: Sequence[list[int]] = ()
+
+    def generate(
+        self, requests: Sequence[Request], on_finish: Callable[[int], None] = lambda index: None
+    ) -> list[Completion]:
+        done, self.asked = len(self.asked), [*self.asked, *requests]
+        if not self.replies:
+            return super().generate(requests, on_finish)
+        said = self.replies[done : done + len(requests)]
+        stops = self.tokenizer.stop_ids
+        return [
+            Completion(ids=ids, logprobs=[0.0] * len(ids), finish="stop" if ids[-1] in stops else "length")
+            for ids in said
+        ]
+
+
+MakeReviser = Callable[..., tuple[Reviser, RecordingEngine]]
+
+
+@pytest.fixture
+def make_reviser(make_model: Callable, tokenizer: Tokenizer, constitution: Constitution) -> MakeReviser:
+    def make(context: int = 128, **settings: int) -> tuple[Reviser, RecordingEngine]:
+        config = ReviseConfig(**LIMITS | {"rounds": 2, "prompts_per_chunk": 2} | settings)
+        engine = RecordingEngine(make_model(context=context), tokenizer, config.max_rows)
+        sampler = Sampler(engine=engine, settings=config, seed=SEED, model_hash="abc")
+        return Reviser(sampler=sampler, constitution=constitution, config=config), engine
+
+    return make
+
+
+def ask(id: str, text: str, answer: str = "") -> Prompt:
+    return Prompt(id, [{"role": "user", "content": text}], answer)
+
+
+PROMPTS = [ask("p-0", "w1 w2"), ask("p-1", "w3"), ask("p-2", "w4 w5 w6")]
+
+
+def drawn(constitution: Constitution, prompt_id: str, round: int) -> Principle:
+    """The draw, by hand: one has the first quarter of [0, 1), two the rest."""
+    u = uniform_scalar(SEED, request_id("principle", prompt_id), round)
+    return constitution.principles[0 if u < 0.25 else 1]
+
+
+def test_principles_are_drawn_by_prompt_and_round_and_named_in_every_round(
+    make_reviser: MakeReviser, constitution: Constitution, tmp_path: Path
+) -> None:
+    reviser, _ = make_reviser(rounds=4)
+    assert revise(reviser, PROMPTS, tmp_path / "chains.jsonl") == {"chains": 3, "rounds": 4}
+    chains = read_records(tmp_path / "chains.jsonl")
+    assert [chain["id"] for chain in chains] == ["p-0", "p-1", "p-2"]
+    for chain in chains:
+        assert [step["round"] for step in chain["rounds"]] == [1, 2, 3, 4]
+        for step in chain["rounds"]:
+            principle = drawn(constitution, chain["id"], step["round"])
+            assert step["principle"] == {"id": principle.id, "hash": principle.hash}
+    ids = [reviser.principle(ask(str(n), "w0"), n % 4).id for n in range(1000)]
+    assert ids == [drawn(constitution, str(n), n % 4).id for n in range(1000)]
+    assert 200 < ids.count("one") < 300  # a weight of 1 in 4
+
+
+def test_only_principles_of_the_critique_stage_are_drawn(make_reviser: MakeReviser, constitution: Constitution) -> None:
+    reviser, _ = make_reviser()
+    one, two = constitution.principles
+    judged = Principle(id="two", title="two", statement="rule two", sources=two.sources, stages=("comparison",))
+    split = Constitution(name="x", version="1", license="x", preamble="", principles=(one, judged))
+    only = Reviser(sampler=reviser.sampler, constitution=split, config=reviser.config)
+    assert {only.principle(ask(str(n), "w0"), 1).id for n in range(50)} == {"one"}
+
+
+def spoken(tokenizer: Tokenizer, dialogue: Sequence[str]) -> list[int]:
+    """The ids of turns of user and assistant, by hand: word-level, the plain template."""
+    words = ""
+    for n, text in enumerate(dialogue):
+        words += f" Assistant : {text} </s>" if n % 2 else f" Human : {text}"
+    return tokenizer.encode(words + " Assistant :")
+
+
+def test_each_request_holds_the_prompt_the_latest_answer_and_the_request_and_no_more(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reviser, engine = make_reviser(prompts_per_chunk=1)
+    texts = ["w10", "w11 w12", "w13", "w14", "w15 w16"]  # answer, critique, revision, critique, revision
+    engine.replies = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    revise(reviser, PROMPTS[:1], tmp_path / "chains.jsonl")
+    [chain] = read_records(tmp_path / "chains.jsonl")
+    first, second = (step["principle"]["id"] for step in chain["rounds"])
+    dialogues = [
+        ["w1 w2"],
+        ["w1 w2", "w10", f"check rule {first}"],
+        ["w1 w2", "w10", f"check rule {first}", "w11 w12", f"fix rule {first}"],
+        ["w1 w2", "w13", f"check rule {second}"],
+        ["w1 w2", "w13", f"check rule {second}", "w14", f"fix rule {second}"],
+    ]
+    assert [list(request.prompt) for request in engine.asked] == [spoken(tokenizer, d) for d in dialogues]
+    assert [request.max_tokens for request in engine.asked] == [5, 4, 6, 4, 6]
+    keys = [("answer", "p-0"), *((name, "p-0", n) for n in (1, 2) for name in ("critique", "revision"))]
+    assert [(r.seed, r.request) for r in engine.asked] == [(SEED, request_id(*key)) for key in keys]
+    assert {request.temperature for request in engine.asked} == {1.0}  # the paper samples everything at 1
+    assert all(request.stop_ids == tokenizer.stop_ids for request in engine.asked)
+    said = [chain["answer"], *(step[name] for step in chain["rounds"] for name in ("critique", "revision"))]
+    assert [one["text"] for one in said] == texts
+    assert [one["ids"] for one in said] == engine.replies
+
+
+def test_a_model_that_says_nothing_makes_chains_all_the_same(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reviser, engine = make_reviser()
+    engine.replies = [[tokenizer.eos_id]] * 20
+    revise(reviser, PROMPTS, tmp_path / "chains.jsonl")
+    for chain in read_records(tmp_path / "chains.jsonl"):
+        assert [step["revision"]["text"] for step in chain["rounds"]] == ["", ""]
+
+
+def test_a_chain_says_what_made_it(
+    make_reviser: MakeReviser, constitution: Constitution, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reviser, _ = make_reviser(top_k=3)
+    revise(reviser, PROMPTS, tmp_path / "chains.jsonl")
+    by = {
+        "seed": SEED,
+        "sampling": {"temperature": 1.0, "top_k": 3, "top_p": 1.0},
+        "model": "abc",
+        "tokenizer": tokenizer.hash,
+        "constitution": constitution.hash,
+    }
+    assert [chain["by"] for chain in read_records(tmp_path / "chains.jsonl")] == [by] * 3
+
+
+def cuts(whole: bytes, stride: int) -> list[int]:
+    """Places to cut a file of lines: every `stride` bytes, and around the end of each line."""
+    ends = [n + 1 for n, byte in enumerate(whole) if byte == 10]
+    near = {end + shift for end in ends for shift in (-2, -1, 0, 1)}
+    return sorted(place for place in near | set(range(0, len(whole), stride)) if 0 <= place <= len(whole))
+
+
+def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(make_reviser: MakeReviser, tmp_path: Path) -> None:
+    reviser, engine = make_reviser()
+    path = tmp_path / "chains.jsonl"
+    revise(reviser, PROMPTS, path)
+    whole = path.read_bytes()
+    assert len({tuple(r["answer"]["ids"]) for r in read_records(path)}) == 3  # a draw of its own for each prompt
+    for cut in cuts(whole, stride=499):
+        path.write_bytes(whole[:cut])
+        revise(reviser, PROMPTS, path)
+        assert path.read_bytes() == whole, f"cut at byte {cut} of {len(whole)}"
+    engine.asked = []
+    revise(reviser, PROMPTS, path)
+    assert not engine.asked  # nothing is left to do
+
+
+def test_another_chunk_size_or_batch_width_gives_the_same_chains(make_reviser: MakeReviser, tmp_path: Path) -> None:
+    files = []
+    for n, settings in enumerate(({}, {"prompts_per_chunk": 3}, {"max_rows": 1})):
+        revise(make_reviser(**settings)[0], PROMPTS, tmp_path / f"{n}.jsonl")
+        files.append((tmp_path / f"{n}.jsonl").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_file_of_another_run_is_refused(make_reviser: MakeReviser, tmp_path: Path) -> None:
+    reviser, _ = make_reviser()
+    revise(reviser, PROMPTS, tmp_path / "chains.jsonl")
+    with pytest.raises(ValueError, match="holds 3 records, but this stage makes 2"):
+        revise(reviser, PROMPTS[:2], tmp_path / "chains.jsonl")
+
+
+def test_a_prompt_that_leaves_too_little_context_is_refused_before_any_work(
+    make_reviser: MakeReviser, tmp_path: Path
+) -> None:
+    reviser, engine = make_reviser()
+    long = ask("p-long", "w1 " * 120)
+    with pytest.raises(ValueError, match=r"'p-long' has 124 tokens.*context of 128"):
+        revise(reviser, [*PROMPTS, long], tmp_path / "chains.jsonl")
+    with pytest.raises(ValueError, match="'p-long'"):
+        sample_helpful(reviser, [*PROMPTS, long], tmp_path / "helpful.jsonl")
+    assert not engine.asked and not list(tmp_path.iterdir())
+
+
+def test_a_prompt_of_the_greatest_length_leaves_room_for_texts_that_are_all_cut(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Where a dialogue goes on after a cut text, the template ends the turn: that token needs room too."""
+    reviser, engine = make_reviser(context=64)
+    engine.replies = [tokenizer.encode("w0 " * limit) for limit in (5, 4, 6, 4, 6)]
+    room = 64 - reviser.reserve()
+    scaffold = len(spoken(tokenizer, [""]))
+    revise(reviser, [ask("p", "w1 " * (room - scaffold))], tmp_path / "chains.jsonl")
+    spans = [len(request.prompt) + request.max_tokens for request in engine.asked]
+    assert max(spans) <= 64
+    assert max(spans) >= 60  # and next to nothing is kept free in vain
+    with pytest.raises(ValueError, match="'q'"):
+        revise(reviser, [ask("q", "w1 " * (room - scaffold + 1))], tmp_path / "more.jsonl")
+
+
+def helpful_records(reviser: Reviser, prompts: list[Prompt], path: Path) -> list[Record]:
+    sample_helpful(reviser, prompts, path)
+    return read_records(path)
+
+
+def test_helpful_prompts_keep_their_own_answer_and_others_get_draws(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reviser, engine = make_reviser(helpful_samples=2)
+    prompts = [ask("h-0", "w1", answer="  as it stands:\n€ "), ask("h-1", "w2"), ask("h-2", "w3", answer="w4")]
+    records = helpful_records(reviser, prompts, tmp_path / "helpful.jsonl")
+    assert [(r["id"], r["sample"], r.get("given")) for r in records] == [
+        ("h-0", 0, "  as it stands:\n€ "),
+        ("h-1", 0, None),
+        ("h-1", 1, None),
+        ("h-2", 0, "w4"),
+    ]
+    assert [list(request.prompt) for request in engine.asked] == [spoken(tokenizer, ["w2"])] * 2
+    assert [request.request for request in engine.asked] == [request_id("helpful", "h-1", n) for n in (0, 1)]
+    assert records[1]["answer"]["ids"] != records[2]["answer"]["ids"]
+    assert all("answer" not in record for record in records if "given" in record)
+
+
+def test_helpful_samples_cut_at_any_byte_are_completed_to_the_same_bytes(
+    make_reviser: MakeReviser, tmp_path: Path
+) -> None:
+    reviser, _ = make_reviser(helpful_samples=2, prompts_per_chunk=3)
+    path = tmp_path / "helpful.jsonl"
+    prompts = [ask("h-0", "w1", answer="w2"), *PROMPTS]
+    helpful_records(reviser, prompts, path)
+    whole = path.read_bytes()
+    for cut in cuts(whole, stride=499):
+        path.write_bytes(whole[:cut])
+        helpful_records(reviser, prompts, path)
+        assert path.read_bytes() == whole, f"cut at byte {cut} of {len(whole)}"
+
+
+def test_no_helpful_prompts_and_no_samples_are_both_possible(make_reviser: MakeReviser, tmp_path: Path) -> None:
+    reviser, _ = make_reviser(helpful_samples=0)
+    assert sample_helpful(reviser, [], tmp_path / "a.jsonl") == {"helpful": 0}
+    assert sample_helpful(reviser, PROMPTS, tmp_path / "b.jsonl") == {"helpful": 0}
