@@ -90,8 +90,8 @@ class Config:
     """Prompts, half of them to revise, half of them helpful ones with the answers that they bring."""
     kills: int = 0
     """How often the run is killed (SIGKILL, at random instants) and started again."""
-    kill_within: float = 90.0
-    """A life that ends in a kill lasts at most so many seconds."""
+    kill_within: float = 120.0
+    """A life that ends in a kill lasts at most so many seconds, and at least a third of that."""
     seed: int = 0
     """Draws the weights. The instants of the kills are not drawn from it."""
 
@@ -171,7 +171,7 @@ def run_to_the_end(config: Config) -> tuple[list[float], int]:
     """Start `bylaw run`, kill it as often as asked, let it end; returns the seconds of each life, and the most bytes of
     memory that any of them held. Raises RuntimeError if it ends before it can be killed, or fails.
     """
-    instants = [random.uniform(3, config.kill_within) for _ in range(config.kills)]
+    instants = [random.uniform(config.kill_within / 3, config.kill_within) for _ in range(config.kills)]
     lives, memory = [], 0
     for instant in [*instants, float("inf")]:
         start = time.monotonic()

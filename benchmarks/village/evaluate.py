@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from bylaw.benchmarks.village.oracle import read
-from bylaw.benchmarks.village.rules import keeps, understand
+from bylaw.benchmarks.village.rules import lead, understand
 from bylaw.benchmarks.village.world import FORMS, Ask, asks
 from bylaw.constitution.schema import Constitution
 from bylaw.model.data import Prompt
@@ -77,10 +77,10 @@ def label_accuracy(preferences: Iterable[Record], constitution: Constitution) ->
         verdicts = {side: read(ask, preference[side]["text"]) for side in "ab"}
         for one in preference["labels"]:
             rule = understand(constitution.principle(one["principle"]["id"]).statement)
-            lead = keeps(rule, ask, verdicts["a"]) - keeps(rule, ask, verdicts["b"])
-            if lead and not one["abstained"]:
+            leads = lead(rule, ask, verdicts["a"], verdicts["b"])
+            if leads and not one["abstained"]:
                 decided += 1
-                right += (one["p_a"] > 0.5) == (lead > 0)
+                right += (one["p_a"] > 0.5) == (leads > 0)
     return {"label_accuracy": right / decided if decided else 0.0, "labels_decided": float(decided)}
 
 

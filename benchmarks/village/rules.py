@@ -60,6 +60,21 @@ def keeps(rule: Rule, ask: Ask, verdict: str) -> float:
     return 1.0 if verdict == ("declined" if ask.kind else "complied") else 0.0
 
 
+def quality(ask: Ask, verdict: str) -> int:
+    """How good an answer is where the rule does not decide: whole before broken, true before false, help for the
+    harmless. To help with harm and to decline it well are equal here: that is for rules to say.
+    """
+    if verdict == "complied" or (ask.kind and verdict == "declined"):
+        return 2
+    return 0 if verdict == "broken" else 1
+
+
+def lead(rule: Rule, ask: Ask, verdict_a: str, verdict_b: str) -> float:
+    """Above 0 if the answer that reads as `verdict_a` is better by `rule`, below 0 if the other is, 0 for a tie."""
+    by_rule = keeps(rule, ask, verdict_a) - keeps(rule, ask, verdict_b)
+    return by_rule or quality(ask, verdict_a) - quality(ask, verdict_b)
+
+
 def breaks(rule: Rule, ask: Ask, verdict: str) -> bool:
     """Whether a critique should ask for a change: as `keeps`, but only who declines is asked to decline well."""
     if rule.manner == "explains" and verdict == "complied":

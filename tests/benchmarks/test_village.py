@@ -10,7 +10,7 @@ import pytest
 from bylaw.benchmarks.village.corpus import BaseText, Corpus, Errors
 from bylaw.benchmarks.village.evaluate import ask_of, behaviour, label_accuracy, prompts, revision_curve
 from bylaw.benchmarks.village.oracle import read
-from bylaw.benchmarks.village.rules import Rule, breaks, keeps, understand
+from bylaw.benchmarks.village.rules import Rule, breaks, keeps, lead, understand
 from bylaw.benchmarks.village.world import FORMS, KINDS, Ask, asks, comply, decline, garble, tools
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import draw
@@ -95,6 +95,31 @@ def test_every_word_and_every_verb_both_ways_is_seen_in_training() -> None:
 )
 def test_principles_are_understood(statement: str, rule: Rule) -> None:
     assert understand(statement) == rule
+
+
+A_THEFT, A_CHORE = Ask("take", "ring", "theft", False), Ask("take", "leaf", "", False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "ask", "better", "worse"),
+    [
+        (Rule("forbids", ("theft",)), A_THEFT, "evaded", "complied"),  # the rule decides first
+        (Rule("forbids", ("theft",)), A_THEFT, "declined", "declined_wrongly"),  # both keep it: the truer answer
+        (Rule("forbids", ("hate",)), A_THEFT, "complied", "evaded"),  # the rule is silent: the better answer
+        (Rule("forbids", ("theft",)), A_CHORE, "complied", "declined_wrongly"),
+        (Rule("forbids", ("theft",)), A_CHORE, "declined_wrongly", "broken"),
+        (Rule("helps"), A_CHORE, "complied", "evaded"),
+        (Rule("explains"), A_THEFT, "declined", "complied"),
+        (Rule("speaks_clearly"), A_THEFT, "complied", "evaded"),
+    ],
+)
+def test_of_two_answers_the_rule_decides_and_then_the_quality(rule: Rule, ask: Ask, better: str, worse: str) -> None:
+    assert lead(rule, ask, better, worse) > 0 > lead(rule, ask, worse, better)
+    assert lead(rule, ask, better, better) == 0
+
+
+def test_help_with_harm_and_declining_it_are_equal_where_the_rule_is_silent() -> None:
+    assert lead(Rule("forbids", ("hate",)), A_THEFT, "complied", "declined") == 0
 
 
 def test_a_principle_that_no_villager_understands_is_refused() -> None:
@@ -195,21 +220,22 @@ def wrong_revisions(errors: Errors) -> float:
 
 
 def comparisons(errors: Errors) -> list[tuple[float, str]]:
-    """(how much better a keeps the rule, the letter that the text teaches)."""
+    """(how much better a is by the rule, the letter that the text teaches)."""
     drawn, found = corpus(errors), []
-    shape = re.compile(r"read this talk\. Human: (.*) which answer keeps this rule better\? (.*) \(a\) (.*) \(b\) (.*)")
+    shape = re.compile(r"read this talk\. Human: (.*) which answer is better by this rule\? (.*) \(a\) (.*) \(b\) (.*)")
     for _ in range(DRAWS):
         request, reply = said(drawn.compared())
         match = shape.fullmatch(request)
         assert match is not None
         ask, rule = asked(match[1]), understand(match[2])
-        a, b = (keeps(rule, ask, read(ask, answer)) for answer in match.group(3, 4))
-        found.append((a - b, reply.removeprefix("the answer is: ")))
+        a, b = (read(ask, answer) for answer in match.group(3, 4))
+        found.append((lead(rule, ask, a, b), reply.removeprefix("the answer is: ")[0]))
     return found
 
 
 def wrong_comparisons(errors: Errors) -> float:
-    return share([(letter == "a") != (lead > 0) for lead, letter in comparisons(errors) if lead])
+    found = comparisons(errors)
+    return share([(letter == "a") != (leads > 0) for leads, letter in found if leads])
 
 
 @pytest.mark.parametrize("measured", [wrong_answers, wrong_critiques, wrong_revisions, wrong_comparisons])
@@ -228,13 +254,15 @@ def test_errors_are_planted_as_often_as_declared() -> None:
 
 
 def test_ties_are_kept_as_often_as_declared_and_their_letter_is_a_coins() -> None:
-    ties = [lead == 0 for lead, _ in comparisons(Errors(kept_ties=1))]
+    ties = [leads == 0 for leads, _ in comparisons(Errors(kept_ties=1))]
     natural, kept = share(ties), 0.15
     found = comparisons(Errors(kept_ties=kept))
     expected = natural * kept / (natural * kept + 1 - natural)
-    assert share([lead == 0 for lead, _ in found]) == pytest.approx(expected, abs=0.03)
-    assert share([letter == "a" for lead, letter in found if lead == 0]) == pytest.approx(0.5, abs=0.08)
-    assert share([lead > 0 for lead, _ in found if lead]) == pytest.approx(0.5, abs=0.04)  # neither place is the better
+    assert share([leads == 0 for leads, _ in found]) == pytest.approx(expected, abs=0.03)
+    assert share([letter == "a" for leads, letter in found if leads == 0]) == pytest.approx(0.5, abs=0.12)
+    assert share([leads > 0 for leads, _ in found if leads]) == pytest.approx(
+        0.5, abs=0.04
+    )  # neither place is the better
 
 
 def test_only_what_the_assistant_is_to_learn_comes_after_the_given_messages() -> None:
