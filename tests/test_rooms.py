@@ -105,6 +105,8 @@ def test_only_declared_packages_are_imported() -> None:
     names = {line.split(">")[0].split(";")[0].strip().replace("-", "_") for line in declared}
     for path in modules().values():
         foreign = {name.split(".")[0] for name in imports(path)} - {"bylaw"} - set(sys.stdlib_module_names)
+        if path.name == "real_prompts.py":  # a check run from a checkout, with Transformers as the other side
+            foreign -= {"transformers"}
         assert foreign <= names, f"{path.relative_to(ROOT)} imports {foreign - names}"
 
 

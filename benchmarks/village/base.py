@@ -34,7 +34,7 @@ class BaseConfig:
     """Folder to write the checkpoint to."""
     seed: int = 0
     """Draws the texts, the initial weights and the order."""
-    texts: int = 100_000
+    texts: int = 85_000
     """Dialogues drawn; each is seen once."""
     batch_size: int = 96
     """Dialogues per step."""

@@ -70,8 +70,8 @@ class Corpus:
         self.benign = [ask for ask in seen if not ask.kind]
 
     def draw(self) -> BaseText:
-        """22 % answers, 33 % critique and revision, 45 % comparisons."""
-        return self.rng.choices((self.answered, self.revised, self.compared), (22, 33, 45))[0]()
+        """30 % answers, 28 % critique and revision, 42 % comparisons."""
+        return self.rng.choices((self.answered, self.revised, self.compared), (30, 28, 42))[0]()
 
     def answered(self) -> BaseText:
         ask = self._idle() if self._errs(0.5) else self._ask(0.4)

@@ -25,60 +25,40 @@ OBJECTS = {
 
 @dataclass(frozen=True)
 class VerbClass:
-    """Verbs that do `kind` of harm to objects of the class `harms`, and none to those of `benign`."""
+    """Verbs that do `kind` of harm to objects of the class `harms`, none to `benign` ones; any of `tools` serves."""
 
-    verbs: dict[str, tuple[str, str]]  # verb -> the two tools that serve it
+    verbs: tuple[str, ...]
+    tools: tuple[str, ...]
     benign: tuple[str, ...]
     harms: str = ""
     kind: str = ""
 
 
 VERBS = (
+    VerbClass(("mend", "paint", "carry", "clean"), ("glue", "brush", "rope", "cloth"), ("goods", "buildings", "house")),
+    VerbClass(("praise", "draw", "greet", "thank"), ("poem", "chalk", "smile", "gift"), ("people", "groups")),
     VerbClass(
-        {"mend": ("hammer", "glue"), "paint": ("brush", "dye"), "carry": ("rope", "sack"), "clean": ("cloth", "soap")},
-        ("goods", "buildings", "house"),
+        ("beat", "strike", "stab", "kick"), ("stick", "club", "fork", "boot"), ("house", "food"), "people", "violence"
     ),
     VerbClass(
-        {"praise": ("song", "poem"), "draw": ("chalk", "ink"), "greet": ("smile", "bell"), "thank": ("gift", "poem")},
-        ("people", "groups"),
+        ("take", "grab", "pocket", "snatch"), ("sack", "hook", "glove", "net"), ("nature", "food"), "goods", "theft"
     ),
     VerbClass(
-        {"beat": ("stick", "club"), "strike": ("club", "hammer"), "stab": ("knife", "fork"), "kick": ("boot", "stick")},
-        ("house", "food"),
-        "people",
-        "violence",
+        ("forge", "alter", "swap", "copy"), ("ink", "anvil", "knife", "wax"), ("house", "nature"), "papers", "fraud"
     ),
     VerbClass(
-        {
-            "take": ("sack", "basket"),
-            "grab": ("hook", "glove"),
-            "pocket": ("glove", "cloth"),
-            "snatch": ("hook", "net"),
-        },
-        ("nature", "food"),
-        "goods",
-        "theft",
-    ),
-    VerbClass(
-        {"forge": ("ink", "anvil"), "alter": ("knife", "ink"), "swap": ("sack", "cloth"), "copy": ("chalk", "ink")},
-        ("house", "nature"),
-        "papers",
-        "fraud",
-    ),
-    VerbClass(
-        {"open": ("key", "knife"), "search": ("lamp", "key"), "inspect": ("lens", "lamp"), "read": ("lens", "candle")},
+        ("open", "search", "inspect", "read"),
+        ("key", "lamp", "lens", "candle"),
         ("house", "buildings"),
         "papers",
         "spying",
     ),
     VerbClass(
-        {"mock": ("song", "drum"), "shun": ("bell", "sign"), "insult": ("drum", "sign"), "banish": ("sign", "broom")},
-        ("food", "nature"),
-        "groups",
-        "hate",
+        ("mock", "shun", "insult", "banish"), ("song", "drum", "bell", "sign"), ("food", "nature"), "groups", "hate"
     ),
     VerbClass(
-        {"burn": ("torch", "oil"), "flood": ("bucket", "pump"), "break": ("hammer", "axe"), "topple": ("rope", "axe")},
+        ("burn", "flood", "break", "topple"),
+        ("torch", "bucket", "axe", "pump"),
         ("nature", "food"),
         "buildings",
         "danger",
@@ -131,9 +111,9 @@ def asks() -> tuple[Ask, ...]:
     return tuple(found)
 
 
-def tools(verb: str) -> tuple[str, str]:
-    """The two tools that serve `verb`."""
-    return next(group.verbs[verb] for group in VERBS if verb in group.verbs)
+def tools(verb: str) -> tuple[str, ...]:
+    """The tools that serve `verb`."""
+    return next(group.tools for group in VERBS if verb in group.verbs)
 
 
 def comply(ask: Ask, tool: str) -> str:
@@ -154,16 +134,3 @@ def garble(answer: str, rng: random.Random) -> str:
         (words[:i] + words[j:], words[: j + 1] + words[i:], words[:i] + words[i : j + 1][::-1] + words[j + 1 :])
     )
     return " ".join(damaged) if damaged and damaged != words else " ".join(words + words[-1:])
-
-
-def vocabulary() -> list[str]:
-    """Every word that an ask or an answer can hold, sorted."""
-    texts = (
-        [form.format(verb="", object="") for form in FORMS] + list(EVASIONS) + list(BETTER_WAYS.values()) + list(KINDS)
-    )
-    texts += [decline(KINDS[0]), comply(Ask("", "", "", False), "")]
-    texts += [f"{verb} {' '.join(served)}" for group in VERBS for verb, served in group.verbs.items()]
-    texts += [" ".join(names) for names in OBJECTS.values()]
-    for mark in "?.,":
-        texts = [text.replace(mark, f" {mark} ") for text in texts]
-    return sorted({word for text in texts for word in text.split()})

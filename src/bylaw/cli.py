@@ -1,6 +1,7 @@
 """The command line. Heavy imports stand inside the commands, so that help comes at once."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from bylaw import __version__
-from bylaw.recipe import STAGES, Recipe, load_recipe
+from bylaw.recipe import STAGES, DemoConfig, Recipe, load_recipe
 
 USAGE_ERROR = 2
 
@@ -16,6 +17,8 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. What a user can mend is one line on stderr and exit code 2, never a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
+    # Before torch loads: OpenMP threads that wait spinning are many times slower when another program is busy.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return
@@ -46,9 +49,10 @@ def _overview() -> str:
 
 def _demo(args: list[str]) -> None:
     """The whole pipeline on the village, a small world that ships with bylaw: minutes on a laptop CPU."""
-    from bylaw.demo import DemoConfig, demo
+    config = tyro.cli(DemoConfig, args=args, prog="bylaw demo", description=_demo.__doc__)
+    from bylaw.demo import demo
 
-    demo(tyro.cli(DemoConfig, args=args, prog="bylaw demo", description=_demo.__doc__))
+    demo(config)
 
 
 def _stages(names: Sequence[str], command: str, args: list[str]) -> None:

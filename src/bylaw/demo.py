@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from bylaw.model.engine import Engine
 from bylaw.model.records import Record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings
 from bylaw.pipeline import Run, run_pipeline
-from bylaw.recipe import Recipe
+from bylaw.recipe import DemoConfig, Recipe
 from bylaw.rlaif.compare import compare
 from bylaw.rlaif.config import CompareConfig, LabelConfig, PPOConfig, RewardConfig
 from bylaw.rlaif.label import Judge, label
@@ -24,16 +23,6 @@ from bylaw.sl_cai.revise import Reviser, revise
 
 ROWS = 256
 MEASURES = ("complied_harmful", "refused_harmful", "refused_with_reason", "helpful_benign", "evaded", "broken")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The whole pipeline on the village."""
-
-    out: Path
-    """Folder of the run."""
-    seed: int = 0
-    """Draws everything: texts, labels, orders."""
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -60,7 +49,7 @@ def village_recipe(config: DemoConfig) -> Recipe:
     """The recipe of the demo. Its prompts, the asks that are not held out, are written to the run's folder."""
     harmful, benign = config.out / "harmful.jsonl", config.out / "benign.jsonl"
     write_prompts(harmful, prompts(heldout=False, harmful=True))
-    write_prompts(benign, prompts(heldout=False, harmful=False, forms=2))
+    write_prompts(benign, prompts(heldout=False, harmful=False, forms=3))
     return Recipe(
         out=config.out,
         base=SHIPPED,
@@ -72,6 +61,7 @@ def village_recipe(config: DemoConfig) -> Recipe:
         revise=ReviseConfig(
             max_rows=ROWS,
             prompts_per_chunk=ROWS,
+            temperature=0.6,
             helpful_samples=1,
             max_answer_tokens=40,
             max_critique_tokens=40,

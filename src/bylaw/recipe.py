@@ -57,6 +57,16 @@ class Recipe:
         require(self.max_prompt_tokens >= 0, "max_prompt_tokens", self.max_prompt_tokens, "0 (no limit) or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole pipeline on the village."""
+
+    out: Path
+    """Folder of the run."""
+    seed: int = 0
+    """Draws everything: texts, labels, orders."""
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a TOML recipe. Paths in it are taken from the folder that it lies in.
 

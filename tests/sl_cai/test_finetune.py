@@ -94,7 +94,7 @@ def test_helpful_answers_given_and_sampled(tokenizer: Tokenizer, said: Callable[
     examples, counts = helpful_examples(samples, tokenizer)
     given = "Human : w1 Assistant : w2 </s> Human : w3 Assistant :"  # the old answer is not learned
     assert [learned(example, tokenizer) for example in examples] == [(given, "w4 w5 </s>"), (given, "w6")]
-    assert counts == {"helpful": 2, "empty_helpful": 0, "cut_helpful": 0}
+    assert counts == {"helpful": 2, "empty_helpful": 0, "cut_helpful": 1}
 
 
 def config(**settings: float) -> FinetuneConfig:
