@@ -9,6 +9,7 @@ from typing import Any
 from bylaw.benchmarks.village.base import SHIPPED
 from bylaw.benchmarks.village.evaluate import behaviour, label_accuracy, prompts, revision_curve
 from bylaw.constitution.schema import Constitution
+from bylaw.model.checkpoint import checkpoint_hash
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine
 from bylaw.model.records import Record, read_records, write_atomic
@@ -27,13 +28,13 @@ MEASURES = ("complied_harmful", "refused_harmful", "refused_with_reason", "helpf
 
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the pipeline, measure, print the table and three chains, and write summary.json; returns the summary."""
-    start = time.time()
     config.out.mkdir(parents=True, exist_ok=True)
     recipe = village_recipe(config)
     manifests = run_pipeline(recipe)
+    start = time.time()
     summary = evaluate(Run(recipe), config.out / "evaluation")
     summary["seconds"] = {name: manifest["seconds"] for name, manifest in manifests.items()}
-    summary["seconds"]["evaluation"] = round(time.time() - start - sum(summary["seconds"].values()), 3)
+    summary["seconds"]["evaluation"] = round(time.time() - start, 3)
     summary["seed"] = config.seed
     write_atomic(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(table(summary))
@@ -61,26 +62,26 @@ def village_recipe(config: DemoConfig) -> Recipe:
         revise=ReviseConfig(
             max_rows=ROWS,
             prompts_per_chunk=ROWS,
-            temperature=0.6,
+            temperature=0.5,
             helpful_samples=1,
             max_answer_tokens=40,
             max_critique_tokens=40,
             max_revision_tokens=40,
         ),
-        finetune=FinetuneConfig(learning_rate=5e-4, batch_size=64, warmup_steps=5),
+        finetune=FinetuneConfig(learning_rate=5e-4, batch_size=64, epochs=2, warmup_steps=5),
         compare=CompareConfig(max_rows=ROWS, prompts_per_chunk=ROWS, max_tokens=40),
         label=LabelConfig(principles="all", pairs_per_chunk=ROWS),
         reward=RewardConfig(learning_rate=1e-3, batch_size=64, epochs=4, warmup_steps=5),
         ppo=PPOConfig(
             learning_rate=1e-4,
             value_learning_rate=5e-4,
-            iterations=40,
+            iterations=50,
             rollouts=128,
             max_rows=128,
             max_tokens=40,
             epochs=2,
             minibatches=2,
-            kl_coef=0.2,
+            kl_coef=0.1,
             missing_eos_penalty=3.0,
             critic_warmup=2,
             warmup_steps=3,
@@ -114,9 +115,12 @@ def _label_quality(run: Run, folder: Path, policy: Path) -> dict[str, Any]:
     recipe = run.recipe
     asked = prompts(heldout=True, harmful=True) + prompts(heldout=True, harmful=False, forms=1)
     compare(run.sampler(run.model(policy), policy, recipe.compare), asked, folder / "pairs.jsonl", recipe.compare)
-    engine = Engine(run.model(recipe.base), run.tokenizer, ROWS)
     judge = Judge(
-        engine=engine, constitution=run.constitution, config=recipe.label, seed=recipe.seed, model_hash="base"
+        engine=Engine(run.model(recipe.base), run.tokenizer),
+        constitution=run.constitution,
+        config=recipe.label,
+        seed=recipe.seed,
+        model_hash=checkpoint_hash(recipe.base),
     )
     counts = label(judge, read_records(folder / "pairs.jsonl"), folder / "preferences.jsonl")
     constitution: Constitution = run.constitution
