@@ -7,6 +7,7 @@ from setuptools import setup
 PACKAGES = [
     "bylaw",
     "bylaw.benchmarks",
+    "bylaw.benchmarks.operations",
     "bylaw.benchmarks.village",
     "bylaw.constitution",
     "bylaw.kernels",
@@ -21,6 +22,7 @@ setup(
     package_data={
         "bylaw": ["py.typed"],
         "bylaw.constitution": ["*.toml"],
+        "bylaw.kernels": ["configs/*.json"],
         "bylaw.benchmarks.village": ["checkpoint/*"],
     },
 )
