@@ -23,6 +23,7 @@ setup(
         "bylaw": ["py.typed"],
         "bylaw.constitution": ["*.toml"],
         "bylaw.kernels": ["configs/*.json"],
+        "bylaw.benchmarks": ["resources.json"],
         "bylaw.benchmarks.village": ["checkpoint/*"],
     },
 )

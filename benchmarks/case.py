@@ -26,6 +26,7 @@ class Case:
     is called with them and `backend=`, each of `peers` with them alone; all return the same tensor(s), which are
     compared before anything is timed. A peer that is not installed is left out by `peers` itself. An operation that
     changes its input in place gets fresh clones while it is checked, and the same tensors again and again while timed.
+    `check` is a case of the same settings that is checked instead, where float64 at this shape would not fit a device.
     """
 
     operation: str
@@ -36,6 +37,7 @@ class Case:
     backward: Floor | None = None
     differentiable: tuple[str, ...] = ()
     peers: Mapping[str, Callable[..., Outputs]] = field(default_factory=dict)
+    check: "Case | None" = None
 
 
 @dataclass(frozen=True)

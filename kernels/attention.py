@@ -8,56 +8,56 @@ The reference pads inside attention only: sequences of like length share one den
 the model stay on the packed stream and little is wasted on unequal lengths.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Sequences share a dense call while the longest is at most this much longer than the shortest ...
-LENGTH_RATIO = 1.34
-# ... or while all are this short, where a further call costs more than the padding.
-SHORT = 32
+from bylaw.kernels import attention_library, flash
+from bylaw.kernels.backend import choose
+from bylaw.kernels.layout import Bucket, Layout, make_buckets, plan
+
+__all__ = ["Layout", "attention", "decode_attention", "plan", "reference"]
+LARGEST_HEAD = 256  # of our kernels
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Sequences of like length: their tokens' places in the packed stream, and in a dense [rows * length]."""
-
-    rows: int
-    length: int
-    stream: Tensor  # [n]
-    dense: Tensor  # [n]
-
-
-def plan_buckets(cu_seqlens: Tensor) -> list[Bucket]:
-    """Group the sequences of `cu_seqlens` [B+1] by length. Planned once per batch, used by every layer."""
-    starts, lengths = cu_seqlens[:-1].tolist(), cu_seqlens.diff().tolist()
-    order = sorted((b for b in range(len(lengths)) if lengths[b]), key=lambda b: -lengths[b])
-    groups: list[list[int]] = []
-    for b in order:
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest <= max(SHORT, LENGTH_RATIO * lengths[b]):
-            groups[-1].append(b)
-        else:
-            groups.append([b])
-    return [_bucket([starts[b] for b in group], [lengths[b] for b in group], cu_seqlens.device) for group in groups]
-
-
-def _bucket(starts: list[int], lengths: list[int], device: torch.device) -> Bucket:
-    longest = lengths[0]
-    stream = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-    dense = torch.cat([torch.arange(row * longest, row * longest + n) for row, n in enumerate(lengths)])
-    return Bucket(len(starts), longest, stream.to(device), dense.to(device))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, buckets: list[Bucket], window: int = 0) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int = 0, backend: str = "auto") -> Tensor:
     """Causal attention of `q` [T, Nq, D] over `k` and `v` [T, Nkv, D] within each packed sequence; returns [T, Nq, D].
 
-    Nq is a multiple of Nkv. `window` 0 sees the whole past; w > 0 sees the last w tokens, itself included.
+    Nq is a multiple of Nkv. `window` 0 sees the whole past; w > 0 sees the last w tokens, itself included. `layout` is
+    that of `plan`, made once per batch. With our own kernels two runs agree to the bit, and a sequence's result does
+    not depend on what it is packed with. Raises ValueError for shapes or dtypes that do not fit together, a head size
+    above 256 with our kernels, and a backend that cannot run there.
     """
+    _check(q, k, v, layout, window)
+    found, _ = attention_library.library(q.device, q.dtype, q.shape[2])
+    chosen = choose("attention", backend, q, found is not None)
+    if chosen == "reference":
+        return reference(q, k, v, layout, window)
+    if chosen == "library" and found is not None:
+        return attention_library.call(found.name, q, k, v, layout.cu_seqlens, layout.max_seqlen, window)
+    if q.shape[2] > LARGEST_HEAD:
+        raise ValueError(f"heads of size {q.shape[2]}; allowed: up to {LARGEST_HEAD}, or backend='reference'")
+    return flash.forward(q, k, v, layout, window)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int) -> None:
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    fit = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
+    if not fit or q.shape[1] % max(k.shape[1], 1) or q.shape[0] != layout.tokens:
+        raise ValueError(
+            f"q, k, v have the shapes {shapes}, and the layout {layout.tokens} tokens; allowed: [T, Nq, D] and twice "
+            "[T, Nkv, D], Nq a multiple of Nkv, T as many tokens as the layout has"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; allowed: the same dtype")
+    if window < 0:
+        raise ValueError(f"window = {window}; allowed: 0 (the whole past) or more")
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int = 0) -> Tensor:
+    """`attention` in plain torch. A layout planned for a GPU has no buckets: they are made at each call, for checks."""
     out = torch.zeros_like(q)
-    for bucket in buckets:
+    for bucket in layout.buckets or make_buckets(layout.lengths, q.device):
         mixed = _dense_attention(_to_dense(q, bucket), _to_dense(k, bucket), _to_dense(v, bucket), window)
         flat = mixed.reshape(bucket.rows * bucket.length, *q.shape[1:])
         out = out.index_copy(0, bucket.stream, flat.index_select(0, bucket.dense))

@@ -7,8 +7,27 @@
 
 import os
 
+import torch
 from torch import Tensor
 
+OPERATIONS = (
+    "linear_loss",
+    "linear_logprob",
+    "attention",
+    "paged_attention",
+    "kv_write",
+    "shared_prefix_attention",
+    "sample",
+    "logprob_entropy",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "gae",
+    "policy_loss",
+    "preference_loss",
+    "adamw",
+    "linear_preference",
+)
 BACKENDS = ("auto", "reference", "triton", "library")
 # Triton reads the variable when a kernel is decorated, so a change after import would do nothing.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -41,3 +60,15 @@ def _refusal(operation: str, backend: str, tensor: Tensor, library: bool) -> str
         f"{operation}: backend = 'triton' on a tensor on {tensor.device}; allowed: on a GPU, or on a CPU with "
         "TRITON_INTERPRET=1 set before bylaw is imported (slow: for tests)"
     )
+
+
+def inference_only(operation: str, *tensors: Tensor) -> None:
+    """Refuse tensors that want a gradient: without this, one through an operation in place would be wrong in silence.
+
+    Raises ValueError.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            f"{operation}: an input requires grad, but the operation has no gradient; allowed: under torch.no_grad(), "
+            "or tensors detached from the graph"
+        )

@@ -22,18 +22,35 @@ Config = dict[str, Any]
 
 def config(operation: str, device: torch.device, **sizes: int) -> Config:
     """Launch settings (block sizes, num_warps, num_stages) of `operation` for tensors on `device` of these sizes."""
-    table = _table(operation)
-    name = architecture(device)
-    rows = table.get(LIKE.get(name, name)) or table["small"]
+    return select(operation, _table(operation)[settings_name(operation, device)], sizes)
+
+
+def select(operation: str, rows: list[Config], sizes: dict[str, int]) -> Config:
+    """The first of `rows` whose bounds all hold. benchmarks/tune.py puts itself in this place, to try other rows."""
     for row in rows:
         if all(sizes[key] <= bound for key, bound in row.get("when", {}).items()):
             return {key: value for key, value in row.items() if key != "when"}
-    raise ValueError(f"{operation}: no launch settings for {sizes} on {name}; rows: {rows}")
+    raise ValueError(f"{operation}: no launch settings for {sizes}; rows: {rows}")
+
+
+def settings_name(operation: str, device: torch.device) -> str:
+    """Whose rows of the operation's table are taken on `device`: an architecture's, or "small"."""
+    name = LIKE.get(architecture(device), architecture(device))
+    return name if name in _table(operation) else "small"
 
 
 @cache
 def _table(operation: str) -> dict[str, list[Config]]:
     return json.loads((Path(__file__).parent / "configs" / f"{operation}.json").read_text())
+
+
+def start(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Launch `kernel`, unless the grid is empty. (Type checkers take `kernel[grid]` for the function it was made from.)
+
+    A kernel's scalars are to be annotated np.float64: else a Python float arrives as float32, whatever ACC is.
+    """
+    if all(grid):
+        kernel[grid](*arguments, **settings)
 
 
 def architecture(device: torch.device) -> str:

@@ -9,7 +9,12 @@ are those of Random123 and of `tl.philox(seed, c0, c1, c2, c3)`: key = (low, hig
 import hashlib
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from bylaw.kernels.backend import choose
+from bylaw.kernels.launch import config
 
 WORD = 0xFFFFFFFF  # the largest 32-bit word, also the mask
 ROUNDS = 10
@@ -34,22 +39,57 @@ def philox4x32(key: Tensor, counters: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(even, odd), dim=-1).flatten(-2)
 
 
-def uniform(seed: Tensor, request: Tensor, position: Tensor, stream: int = 0) -> Tensor:
+def uniform(seed: Tensor, request: Tensor, position: Tensor, stream: int = 0, backend: str = "auto") -> Tensor:
     """Draws in [0, 1) in steps of 2**-24, float32 [B], for `seed`, `request` and `position` [B] (int64).
 
     The three may have any shapes that broadcast, as [B, 1], [B, 1] and [S] to draw S positions ahead in one go. All 64
     bits of seed and request count, and the low 32 of position. `stream` tells apart purposes that share the rest.
-    Raises ValueError for tensors that are not of integers, and for a stream that is not in 0 to 2**32 - 2.
+    The kernel and the reference give the same bits. Raises ValueError for tensors that are not of integers, a stream
+    that is not in 0 to 2**32 - 2, and a backend that cannot run there.
     """
     _check_stream(stream)
     for name, part in (("seed", seed), ("request", request), ("position", position)):
         if part.is_floating_point() or part.is_complex():
             raise ValueError(f"{name} has the dtype {part.dtype}; allowed: integers")
     seed, request, position = torch.broadcast_tensors(seed.long(), request.long(), position.long())
+    if choose("uniform", backend, seed) == "triton":
+        return _uniform(seed, request, position, stream)
+    return reference(seed, request, position, stream)
+
+
+def reference(seed: Tensor, request: Tensor, position: Tensor, stream: int) -> Tensor:
+    """`uniform` in plain torch, on int64 tensors of one shape."""
     key = torch.stack((seed & WORD, seed >> 32 & WORD), dim=-1)
     words = (position & WORD, torch.full_like(position, stream), request & WORD, request >> 32 & WORD)
     drawn = philox4x32(key, torch.stack(words, dim=-1))[..., 0]
     return (drawn >> 8).float() * 2.0**-24  # 24 bits: all that float32 holds without ever rounding up to 1
+
+
+@triton.jit(do_not_specialize=["size", "stream"])
+def _uniform_kernel(seed, request, position, draws, size, stream, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    named, place = tl.load(request + at, inside, other=0), tl.load(position + at, inside, other=0)
+    c0, c1 = place.to(tl.int32), (tl.zeros([BLOCK], tl.int64) + stream).to(tl.int32)
+    c2, c3 = named.to(tl.int32), (named >> 32).to(tl.int32)
+    word, _, _, _ = tl.philox(tl.load(seed + at, inside, other=0), c0, c1, c2, c3)
+    tl.store(draws + at, (word >> 8).to(tl.float32) * 5.9604644775390625e-08, inside)  # 2**-24
+
+
+@torch.library.custom_op("bylaw::uniform", mutates_args=())
+def _uniform(seed: Tensor, request: Tensor, position: Tensor, stream: int) -> Tensor:
+    draws = torch.empty(seed.shape, dtype=torch.float32, device=seed.device)
+    if draws.numel():
+        keys = (seed.contiguous(), request.contiguous(), position.contiguous())
+        settings = config("uniform", seed.device)
+        grid = (triton.cdiv(draws.numel(), settings["BLOCK"]),)
+        _uniform_kernel[grid](*keys, draws, draws.numel(), stream, **settings)
+    return draws
+
+
+@_uniform.register_fake
+def _(seed: Tensor, request: Tensor, position: Tensor, stream: int) -> Tensor:
+    return torch.empty(seed.shape, dtype=torch.float32, device=seed.device)
 
 
 def uniform_scalar(seed: int, request: int, position: int, stream: int = 0) -> float:

@@ -12,45 +12,93 @@ several micro-batches, and `mean_stats` divides by the tokens.
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from bylaw.kernels.backend import choose
+from bylaw.kernels.launch import accumulator, config
+
 Stats = dict[str, Tensor]
+Clip = float | tuple[float, float]
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: far past any clip, far below overflow
+LIMIT: tl.constexpr = tl.constexpr(LOG_RATIO_LIMIT)
+# A statistic is a sum over tokens, or a maximum if its name ends in `_max`; maxima stand last.
+POLICY_STATS = ("tokens", "approx_kl_k1", "approx_kl_k3", "clip_fraction", "ratio", "ratio_max", "ratio_gap_max")
+VALUE_STATS = ("tokens", "value_clip_fraction", "value_error")
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float, denominator: float | Tensor
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip: Clip,
+    denominator: float | Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Stats]:
     """sum_t -min(ratio_t A_t, clamp(ratio_t, 1 - clip, 1 + clip) A_t) / denominator, ratio = exp(new - old log-prob).
 
-    `logprobs`, `old_logprobs` and `advantages` are [T], the latter two constants; the loss is a scalar. The log-ratio
-    is clamped to +-20 before exp; a token past that has no gradient. Statistics: `tokens`, `approx_kl_k1` and
-    `approx_kl_k3` (old policy to new), `clip_fraction` (tokens where the clip cuts the gradient off), `ratio`,
-    `ratio_max`, and `ratio_gap_max`, the largest |ratio - 1|, which is 0 at the first minibatch. Raises ValueError for
-    shapes that differ, and for a clip or denominator that is not above 0 (one in a tensor is not read, to spare a
-    device the wait).
+    `logprobs`, `old_logprobs` and `advantages` are [T], the latter two constants; the loss is a scalar. A pair
+    (low, high) clips to 1 - low and 1 + high (Yu et al. 2025, arXiv 2503.14476, section 3.1). The log-ratio is clamped
+    to +-20 before exp; a token past that has no gradient. Statistics: `tokens`, `approx_kl_k1` and `approx_kl_k3` (old
+    policy to new), `clip_fraction` (tokens where the clip cuts the gradient off), `ratio`, `ratio_max`, and
+    `ratio_gap_max`, the largest |ratio - 1|, which is 0 at the first minibatch. Raises ValueError for shapes that
+    differ, for a clip or denominator that is not above 0 (one in a tensor is not read, to spare a device the wait), and
+    for a backend that cannot run there.
     """
-    _check(clip, denominator, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    gain = ratio * advantages
-    clipped_gain = ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -torch.minimum(gain, clipped_gain).sum() / denominator
+    low, high = clip_bounds(clip)
+    _check(denominator, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    if choose("policy_loss", backend, logprobs) == "reference":
+        return reference(logprobs, old_logprobs, advantages, clip, denominator)
+    loss, _, totals = _policy(logprobs, old_logprobs, advantages, low, high)
+    return loss / denominator, dict(zip(POLICY_STATS, totals[1:].unbind(), strict=True))
+
+
+def reference(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip, denominator: float | Tensor
+) -> tuple[Tensor, Stats]:
+    """`policy_loss` in plain torch."""
+    losses, ratio, cut = clipped_policy(logprobs, old_logprobs, advantages, *clip_bounds(clip))
     with torch.no_grad():
         stats = {
             "tokens": _total(torch.ones_like(ratio)),
             "approx_kl_k1": _total(kl_k1(old_logprobs, logprobs)),
             "approx_kl_k3": _total(kl_k3(old_logprobs, logprobs)),
-            "clip_fraction": _total(clipped_gain < gain),
+            "clip_fraction": _total(cut),
             "ratio": _total(ratio),
             "ratio_max": _largest(ratio),
             "ratio_gap_max": _largest((ratio - 1).abs()),
         }
-    return loss, stats
+    return losses.sum() / denominator, stats
+
+
+def clipped_policy(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token: the loss -min(ratio A, clamp(ratio, low, high) A), the ratio, and whether the clip cuts it off."""
+    ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    gain = ratio * advantages
+    clipped_gain = ratio.clamp(low, high) * advantages
+    return -torch.minimum(gain, clipped_gain), ratio.detach(), clipped_gain < gain
+
+
+def clip_bounds(clip: Clip) -> tuple[float, float]:
+    """The ratios that `clip` allows, (1 - low, 1 + high). Raises ValueError for a clip that is not above 0."""
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    if not (low > 0 and high > 0):
+        raise ValueError(f"clip is {clip}; allowed: above 0, or a pair (low, high) of such")
+    return 1.0 - low, 1.0 + high
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, clip: float, denominator: float | Tensor
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    clip: float,
+    denominator: float | Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Stats]:
     """sum_t 0.5 max((V_t - R_t)^2, (clipped V_t - R_t)^2) / denominator, V clipped to old value +- clip.
 
@@ -58,7 +106,19 @@ def value_loss(
     `value_clip_fraction` (tokens where the clip cuts the gradient off) and `value_error`, (V - R)^2. Raises ValueError
     as `policy_loss` does.
     """
-    _check(clip, denominator, values=values, old_values=old_values, returns=returns)
+    if not clip > 0:
+        raise ValueError(f"clip is {clip}; allowed: above 0")
+    _check(denominator, values=values, old_values=old_values, returns=returns)
+    if choose("value_loss", backend, values) == "reference":
+        return value_reference(values, old_values, returns, clip, denominator)
+    loss, _, totals = _value(values, old_values, returns, float(clip))
+    return loss / denominator, dict(zip(VALUE_STATS, totals[1:].unbind(), strict=True))
+
+
+def value_reference(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float, denominator: float | Tensor
+) -> tuple[Tensor, Stats]:
+    """`value_loss` in plain torch."""
     # Not old + clamp(V - old): that rounds V where nothing is cut, and the statistic would count the difference.
     clipped = values.clamp(old_values - clip, old_values + clip)
     error, clipped_error = (values - returns).square(), (clipped - returns).square()
@@ -121,11 +181,199 @@ def _largest(x: Tensor) -> Tensor:
     return x.max().double() if x.numel() else x.new_zeros((), dtype=torch.float64)
 
 
-def _check(clip: float, denominator: float | Tensor, **columns: Tensor) -> None:
+def _check(denominator: float | Tensor, **columns: Tensor) -> None:
     shapes = {name: tuple(column.shape) for name, column in columns.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"shapes differ: {shapes}; allowed: the same [T] for all, as broadcasting would add up twice")
-    if not clip > 0:
-        raise ValueError(f"clip is {clip}; allowed: above 0")
     if not isinstance(denominator, Tensor) and not denominator > 0:
         raise ValueError(f"denominator is {denominator}; allowed: above 0, such as the tokens of the optimiser step")
+
+
+# In the functions below choices are made by tl.where: minimum, maximum and clamp pass NaN over, and a policy that has
+# diverged must show.
+
+
+@triton.jit
+def policy_terms(logprob, old_logprob, advantage, low, high):
+    """Per token, as `clipped_policy`: loss, its derivative by the log-prob, ratio, whether the clip cuts it off."""
+    gap = logprob - old_logprob
+    ratio = tl.exp(_limited(gap))
+    gain = ratio * advantage
+    clipped_gain = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
+    cut = clipped_gain < gain
+    slope = tl.where(cut | (tl.abs(gap) > LIMIT), 0.0, -gain)
+    return -tl.where(cut, clipped_gain, gain), slope, ratio, cut
+
+
+@triton.jit
+def kl_k3_terms(logprob, reference_logprob):
+    """Per token: `kl_k3` and its derivative by the log-prob."""
+    gap = reference_logprob - logprob
+    log_r = _limited(gap)
+    # Triton has no expm1. exp(x) - 1 - x = x^2 / 2 (1 + x / 3 (1 + x / 4 (...))), to float64's last digits below 1.
+    series = log_r * 0 + 1
+    for i in tl.static_range(17):  # type: ignore[attr-defined]
+        series = 1 + series * log_r / (19 - i)
+    k3 = tl.where(tl.abs(log_r) < 1, 0.5 * log_r * log_r * series, tl.exp(log_r) - 1 - log_r)
+    return k3, tl.where(tl.abs(gap) > LIMIT, 0.0, -(k3 + log_r))
+
+
+@triton.jit
+def _limited(x):
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+
+
+@triton.jit
+def _largest_of(x):
+    return tl.where(tl.sum((x != x).to(tl.int32), 0) != 0, float("nan"), tl.max(x, 0))
+
+
+@triton.jit(do_not_specialize=["size"])
+def _policy_kernel(
+    logprobs,
+    old_logprobs,
+    advantages,
+    slopes,
+    partials,
+    size,
+    low: np.float64,
+    high: np.float64,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < size
+    new = tl.load(logprobs + tokens, inside, other=0).to(ACC)
+    old = tl.load(old_logprobs + tokens, inside, other=0).to(ACC)
+    advantage = tl.load(advantages + tokens, inside, other=0).to(ACC)
+    loss, slope, ratio, cut = policy_terms(new, old, advantage, tl.full((), low, ACC), tl.full((), high, ACC))
+    k3, _ = kl_k3_terms(old, new)
+    tl.store(slopes + tokens, slope.to(slopes.dtype.element_ty), inside)
+    # Places outside have the ratio 1, and 0 in everything else.
+    ratio_inside = tl.where(inside, ratio, 0)
+    partials += tl.program_id(0)
+    programs = tl.num_programs(0)
+    tl.store(partials, tl.sum(loss.to(tl.float64)))
+    tl.store(partials + programs, tl.sum(inside.to(tl.float64)))
+    tl.store(partials + 2 * programs, tl.sum((old - new).to(tl.float64)))
+    tl.store(partials + 3 * programs, tl.sum(k3.to(tl.float64)))
+    tl.store(partials + 4 * programs, tl.sum(cut.to(tl.float64)))
+    tl.store(partials + 5 * programs, tl.sum(ratio_inside.to(tl.float64)))
+    tl.store(partials + 6 * programs, _largest_of(ratio_inside).to(tl.float64))
+    tl.store(partials + 7 * programs, _largest_of(tl.abs(ratio - 1)).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["size"])
+def _value_kernel(
+    values, old_values, returns, slopes, partials, size, clip: np.float64, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < size
+    value = tl.load(values + tokens, inside, other=0).to(ACC)
+    old = tl.load(old_values + tokens, inside, other=0).to(ACC)
+    target = tl.load(returns + tokens, inside, other=0).to(ACC)
+    clip = tl.full((), clip, ACC)
+    clipped = tl.where(value < old - clip, old - clip, tl.where(value > old + clip, old + clip, value))
+    gap, clipped_gap = value - target, clipped - target
+    error, clipped_error = gap * gap, clipped_gap * clipped_gap
+    cut = clipped_error > error
+    tl.store(slopes + tokens, tl.where(cut, 0.0, gap).to(slopes.dtype.element_ty), inside)
+    partials += tl.program_id(0)
+    programs = tl.num_programs(0)
+    tl.store(partials, tl.sum((0.5 * tl.where(cut, clipped_error, error)).to(tl.float64)))
+    tl.store(partials + programs, tl.sum(inside.to(tl.float64)))
+    tl.store(partials + 2 * programs, tl.sum(cut.to(tl.float64)))
+    tl.store(partials + 3 * programs, tl.sum(error.to(tl.float64)))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _totals_kernel(partials, totals, loss, programs, SUMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row by row of `partials` [rows, programs], in one order: the sum of the first SUMS, the largest of the others."""
+    row = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float64)
+    largest = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, programs, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        part = tl.load(partials + row * programs + columns, columns < programs, other=0)
+        total += part
+        largest = tl.where((part > largest) | (part != part), part, largest)
+    result = tl.where(row < SUMS, tl.sum(total), _largest_of(largest))
+    tl.store(totals + row, result)
+    tl.store(loss, result.to(loss.dtype.element_ty), row == 0)
+
+
+@torch.library.custom_op("bylaw::policy_loss", mutates_args=())
+def _policy(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss summed, its gradient [T], and in float64 the loss again with the statistics of POLICY_STATS."""
+    return _run(_policy_kernel, (logprobs, old_logprobs, advantages), (low, high), POLICY_STATS)
+
+
+@torch.library.custom_op("bylaw::value_loss", mutates_args=())
+def _value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(_value_kernel, (values, old_values, returns), (clip,), VALUE_STATS)
+
+
+def _run(
+    kernel: triton.JITFunction, columns: tuple[Tensor, ...], scalars: tuple[float, ...], names: tuple[str, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = columns[0]
+    settings = config("policy_loss", x.device)
+    programs = triton.cdiv(x.numel(), settings["BLOCK"])
+    loss, slopes, totals = _outputs(x, names)
+    partials = x.new_empty((1 + len(names), programs), dtype=torch.float64)
+    if programs:
+        rows = [column.contiguous() for column in columns]
+        kernel[(programs,)](*rows, slopes, partials, x.numel(), *scalars, ACC=accumulator(x.dtype), **settings)
+    settings["SUMS"] = 1 + sum(not name.endswith("_max") for name in names)
+    _totals_kernel[(1 + len(names),)](partials, totals, loss, programs, **settings)
+    return loss, slopes, totals
+
+
+def _outputs(x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(()), x.new_empty(x.shape), x.new_empty(1 + len(names), dtype=torch.float64)
+
+
+@_policy.register_fake
+def _(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(logprobs, POLICY_STATS)
+
+
+@_value.register_fake
+def _(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(values, VALUE_STATS)
+
+
+@torch.library.custom_op("bylaw::scaled", mutates_args=())
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` times the scalar `factor`, in `dtype`: all that is left to do in the backward pass of a loss that took its
+    gradient along. In one pass, without an intermediate in a wider dtype.
+    """
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    # With a dimension, the factor counts for the dtype that this is computed in: a bfloat16 x would round it.
+    return torch.mul(x, factor.reshape(1), out=out)
+
+
+@scaled.register_fake
+def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
+    ctx.constants = len(inputs) - 1
+
+
+def _differentiate(ctx, grad_loss: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    (slopes,) = ctx.saved_tensors
+    grad = None if grad_loss is None else scaled(slopes, grad_loss, slopes.dtype)
+    return grad, *(None,) * ctx.constants
+
+
+_policy.register_autograd(_differentiate, setup_context=_save)
+_value.register_autograd(_differentiate, setup_context=_save)

@@ -4,21 +4,25 @@ Rows join and leave the batch at any step. A row's tokens come from counter-base
 position), so they do not depend on which other rows share its batch, and there is no generator state to save.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bylaw.kernels.attention import decode_attention
+from bylaw.kernels.attention import attention
+from bylaw.kernels.linear_logprob import linear_logprob
 from bylaw.kernels.philox import uniform
 from bylaw.kernels.sample import sample
+from bylaw.model.cache import Cache, make_cache
 from bylaw.model.packing import Packed, pack, token_batches
 from bylaw.model.settings import require
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.model.transformer import Transformer
+from bylaw.model.transformer import Rotary, Transformer
 
 PREFILL_TOKENS = 8192
 
@@ -37,6 +41,7 @@ class Request:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
 
@@ -62,26 +67,12 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
 
 
-class _Cache:
-    """Keys and values in dense slabs, a row per request. Rows 0..n-1 are in use, so a step reads one block."""
-
-    def __init__(self, model: Transformer, rows: int, slots: int) -> None:
-        config = model.config
-        shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, device=model.device, dtype=model.embed.weight.dtype)
-        self.values = torch.zeros_like(self.keys)
-
-    def move(self, source: int, target: int) -> None:
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
-
-
 @dataclass(frozen=True)
 class _Prefill:
-    """New prompts as a packed stream; their keys and values are kept in the rows from `first_row` on."""
+    """New prompts as a packed stream, whose keys and values are kept."""
 
     packed: Packed
-    cache: _Cache
+    cache: Cache
     rows: Tensor  # [T], the cache row of each token
 
     @property
@@ -92,10 +83,9 @@ class _Prefill:
     def positions(self) -> Tensor:
         return self.packed.positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        self.cache.keys[layer, self.rows, :, self.positions] = k
-        self.cache.values[layer, self.rows, :, self.positions] = v
-        return self.packed.attend(layer, q, k, v, window)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int) -> Tensor:
+        q, k = self.cache.write(layer, q, k, v, rotary, self.rows, self.positions)
+        return attention(q, k, v, self.packed.layout, window)
 
 
 @dataclass(frozen=True)
@@ -104,16 +94,13 @@ class _Step:
 
     tokens: Tensor  # [n]
     positions: Tensor  # [n]
-    cache: _Cache
+    rows: Tensor  # [n]: 0 to n - 1
+    cache: Cache
     longest: int
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        rows = torch.arange(len(self.tokens), device=q.device)
-        self.cache.keys[layer, rows, :, self.positions] = k
-        self.cache.values[layer, rows, :, self.positions] = v
-        keys = self.cache.keys[layer, : len(rows), :, : self.longest]
-        values = self.cache.values[layer, : len(rows), :, : self.longest]
-        return decode_attention(q, keys, values, self.positions + 1, window)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int) -> Tensor:
+        q, _ = self.cache.write(layer, q, k, v, rotary, self.rows, self.positions)
+        return self.cache.attend(layer, q, self.positions, self.longest, window)
 
 
 class Engine:
@@ -130,14 +117,14 @@ class Engine:
     ) -> list[Completion]:
         """Continue each prompt; completions in the caller's order. `on_finish` hears each index as it is done.
 
-        Raises ValueError for an empty prompt, one that leaves no room in the context, max_tokens below 1, or an empty
-        stop string.
+        Raises ValueError for an empty prompt, one that leaves no room in the context, max_tokens below 1, a
+        sampling setting out of range, or an empty stop string; and for logits that are NaN or infinite.
         """
         for request in requests:
             self._check(request)
         done: list[Completion | None] = [None] * len(requests)
         waiting = deque(_Row(i, request) for i, request in enumerate(requests))
-        cache = _Cache(self.model, min(self.max_rows, len(requests)), max(map(self._span, requests), default=0))
+        cache = make_cache(self.model, min(self.max_rows, len(requests)), max(map(self._span, requests), default=0))
         running: list[_Row] = []
         while waiting or running:
             hidden = self._advance(running, waiting, cache)
@@ -168,22 +155,28 @@ class Engine:
         streams = list(users)
         for batch in token_batches([len(ids) for ids, _ in streams], PREFILL_TOKENS):
             chosen = [streams[i] for i in batch]
-            for stream, logprobs in zip(chosen, self._next_logprobs(chosen), strict=True):
-                ids, start = stream
-                body = sum(float(logprobs[j, token]) for j, token in enumerate(ids[start:]))
-                for q, c in users[stream]:
-                    scores[q][c] = body + float(logprobs[-1, queries[q][1][c][-1]])
+            # Each stream's own tokens after its prompt, then the last token of each of its users.
+            lasts = [[queries[q][1][c][-1] for q, c in users[stream]] for stream in chosen]
+            for stream, logprobs in zip(chosen, self._next_logprobs(chosen, lasts), strict=True):
+                body = len(stream[0]) - stream[1]
+                for (q, c), last in zip(users[stream], logprobs[body:], strict=True):
+                    scores[q][c] = sum(logprobs[:body]) + last
         return scores
 
-    def _next_logprobs(self, streams: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
-        """Per stream, log-probs [n, V] of what follows its prompt, and what follows each token after it."""
+    def _next_logprobs(self, streams: list[tuple[tuple[int, ...], int]], lasts: list[list[int]]) -> list[list[float]]:
+        """Per stream (ids, of them prompt), log-probs of its tokens after the prompt, and of each last after them."""
         packed = pack([ids for ids, _ in streams], self.model.device)
-        hidden = self.model(packed)
-        counts = [len(ids) - start + 1 for ids, start in streams]
-        ends = packed.cu_seqlens[1:].tolist()
-        places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
-        logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
-        return list(torch.log_softmax(logits, dim=-1).split(counts))
+        places: list[int] = []
+        tokens: list[int] = []
+        ends = accumulate(len(ids) for ids, _ in streams)
+        for (ids, start), last, end in zip(streams, lasts, ends, strict=True):
+            places += [*range(end - len(ids) + start - 1, end - 1), *[end - 1] * len(last)]
+            tokens += [*ids[start:], *last]
+        hidden = self.model(packed)[torch.tensor(places).to(self.model.device)]
+        targets = torch.tensor(tokens).to(self.model.device)
+        logprobs = iter(linear_logprob(hidden, self.model.head_weight, targets).logprobs.tolist())
+        counts = [len(ids) - start + len(last) for (ids, start), last in zip(streams, lasts, strict=True)]
+        return [list(islice(logprobs, count)) for count in counts]
 
     def _check_query(self, query: int, candidate: int, prompt: int, length: int) -> None:
         context = self.model.config.max_position_embeddings
@@ -203,12 +196,16 @@ class Engine:
             raise ValueError(f"a request needs a prompt and max_tokens of at least 1 each; it has {found}")
         if len(request.prompt) >= context:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens leaves no room in the context of {context}")
+        require(0 <= request.temperature < math.inf, "temperature", request.temperature, "0 (greedy) and finite above")
+        require(request.top_k >= 0, "top_k", request.top_k, "0 (no limit) and above")
+        require(0 < request.top_p <= 1, "top_p", request.top_p, "above 0 to 1 (no limit)")
+        require(0 <= request.min_p <= 1, "min_p", request.min_p, "0 (no limit) to 1")
         if "" in request.stop_strings:
             raise ValueError(f"stop_strings = {request.stop_strings!r}: an empty one is in every text; leave it out")
 
-    def _advance(self, running: list[_Row], waiting: deque[_Row], cache: _Cache) -> Tensor:
+    def _advance(self, running: list[_Row], waiting: deque[_Row], cache: Cache) -> Tensor:
         """Hidden states [n, H] to draw each running row's next token from; new rows join when it is worth it."""
-        rows = cache.keys.shape[1]
+        rows = cache.rows
         hidden = self._decode(running, cache) if running else None
         # A prefill for every single free row would cost more than it brings: wait until an eighth of the batch is free.
         if not waiting or (running and rows - len(running) < max(1, rows // 8)):
@@ -221,17 +218,18 @@ class Engine:
             running.extend(joining[i] for i in batch)
         return torch.cat(pieces)
 
-    def _prefill(self, joining: list[_Row], first_row: int, cache: _Cache) -> Tensor:
+    def _prefill(self, joining: list[_Row], first_row: int, cache: Cache) -> Tensor:
         packed = pack([row.request.prompt for row in joining], self.model.device)
         slots = torch.arange(first_row, first_row + len(joining), device=self.model.device)
         hidden = self.model(_Prefill(packed, cache, slots.repeat_interleave(packed.cu_seqlens.diff())))
         return hidden[packed.last]
 
-    def _decode(self, running: list[_Row], cache: _Cache) -> Tensor:
+    def _decode(self, running: list[_Row], cache: Cache) -> Tensor:
         device = self.model.device
         tokens = torch.tensor([row.ids[-1] for row in running], device=device)
-        positions = torch.tensor([len(row.request.prompt) + len(row.ids) - 1 for row in running], device=device)
-        return self.model(_Step(tokens, positions, cache, int(positions.max()) + 1))
+        places = [len(row.request.prompt) + len(row.ids) - 1 for row in running]
+        rows = torch.arange(len(running), device=device)
+        return self.model(_Step(tokens, torch.tensor(places, device=device), rows, cache, max(places) + 1))
 
     def _draw(self, running: list[_Row], hidden: Tensor) -> None:
         asked = [row.request for row in running]
@@ -239,10 +237,13 @@ class Engine:
         uniforms = uniform(keys[:, 0], keys[:, 1], keys[:, 2])
         temperature = torch.tensor([r.temperature for r in asked])
         top_k, top_p = torch.tensor([r.top_k for r in asked]), torch.tensor([r.top_p for r in asked])
-        device = self.model.device
-        settings = (x.to(device) for x in (uniforms, temperature, top_k, top_p))
+        min_p, device = torch.tensor([r.min_p for r in asked]), self.model.device
+        settings = (x.to(device) for x in (uniforms, temperature, top_k, top_p, min_p))
         tokens, logprobs = sample(self.model.logits(hidden), *settings)
         for row, token, logprob in zip(running, tokens.tolist(), logprobs.tolist(), strict=True):
+            if token < 0:  # how the kernel reports it; the reference has raised by itself
+                name = row.request.request
+                raise ValueError(f"request {name}: its logits are not finite; the model's output is broken")
             row.ids.append(token)
             row.logprobs.append(logprob)
 
@@ -282,7 +283,7 @@ class Engine:
         return tail, text
 
 
-def _release(running: list[_Row], slot: int, cache: _Cache) -> None:
+def _release(running: list[_Row], slot: int, cache: Cache) -> None:
     """Free a row: the last running row takes its place."""
     last = len(running) - 1
     if slot != last:

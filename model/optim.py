@@ -1,21 +1,78 @@
 """The optimiser and the step that every trainer shares, as plain functions."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bylaw.kernels import adamw as kernel
 from bylaw.model.settings import OptimSettings
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW for 16-bit parameters. Each has a float32 master copy that takes the steps, kept beside the moments; the
+    parameter is that copy, rounded.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, grad_scale: Tensor | None = None) -> Any:
+        """One step on the gradients times `grad_scale`, a float32 tensor with one number on their device; None is 1."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group, grad_scale)
+        return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any], grad_scale: Tensor | None) -> None:
+        state = self.state[parameter]
+        if not state:
+            master = parameter.detach().to(torch.float32, copy=True)
+            state |= {"step": torch.zeros(()), "master": master}
+            state |= {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        state["step"] += 1  # on the CPU, as torch.optim.AdamW keeps it: to read it is no synchronisation
+        assert parameter.grad is not None
+        kernel.adamw(
+            parameter,
+            state["master"],
+            parameter.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=int(state["step"]),
+            grad_scale=torch.ones((), device=parameter.device) if grad_scale is None else grad_scale,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimiser, but the state stays float32: torch's would be rounded to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if key != "step":
+                    self.state[parameter][key] = value.to(parameter.device, torch.float32)
+
+
 def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over `model`'s parameters, with weight decay on matrices only."""
+    """AdamW (arXiv 1711.05101) over `model`'s parameters, with weight decay on matrices only.
+
+    Where any of them has 16 bits, all get float32 master copies.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    return (MasterAdamW if low else torch.optim.AdamW)(
         groups,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
@@ -39,13 +96,30 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: fl
 
     Raises FloatingPointError on a gradient that is not finite, before any parameter moves.
     """
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    if isinstance(optimizer, MasterAdamW):
+        length = gradient_norm(model)
+        scale = torch.clamp(max_grad_norm / (length + 1e-6), max=1.0)  # as clip_grad_norm_, but folded into the step
+        step = partial(optimizer.step, grad_scale=scale)
+    else:
+        length = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        step = optimizer.step
+    norm = float(length)  # the step's one synchronisation with a GPU
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the gradient's norm is {norm}; no parameter of this model was changed. A lower learning rate may help"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
+    step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The Euclidean norm of all gradients in `model` together, in float32 whatever their dtypes are."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack(norms))

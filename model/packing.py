@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bylaw.kernels.attention import Bucket, attention, plan_buckets
+from bylaw.kernels.attention import Layout, attention, plan
+from bylaw.kernels.rope import rope
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,11 @@ class Packed:
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64, from 0 within each sequence
     cu_seqlens: Tensor  # [B + 1] int64, where each sequence starts, and T
-    buckets: list[Bucket]
+    layout: Layout  # of the same sequences, for attention
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Causal attention within each sequence; the layer's number matters only to a cache."""
-        return attention(q, k, v, self.buckets, window)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
+        """Rotate q and k, and attend causally within each sequence; the layer's number matters only to a cache."""
+        return attention(*rope(q, k, *rotary), v, self.layout, window)
 
     @property
     def last(self) -> Tensor:
@@ -37,7 +38,7 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu")
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     tokens = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
     positions = torch.arange(len(tokens)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    return Packed(tokens.to(device), positions.to(device), cu_seqlens.to(device), plan_buckets(cu_seqlens.to(device)))
+    return Packed(tokens.to(device), positions.to(device), cu_seqlens.to(device), plan(cu_seqlens, device))
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

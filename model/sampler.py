@@ -40,6 +40,7 @@ class Sampler:
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 top_p=settings.top_p,
+                min_p=settings.min_p,
                 stop_ids=tokenizer.stop_ids,
                 stop_strings=tokenizer.stop_strings,
             )
@@ -49,8 +50,8 @@ class Sampler:
 
     def provenance(self) -> dict[str, Any]:
         """What a record needs for its text to be drawn again: seed, settings, and the hashes of model and tokenizer."""
-        settings = self.settings
-        sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        names = ("temperature", "top_k", "top_p", "min_p")
+        sampling = {name: getattr(self.settings, name) for name in names}
         return {"seed": self.seed, "sampling": sampling, "model": self.model_hash, "tokenizer": self.tokenizer.hash}
 
     def check_lengths(self, prompts: Sequence[Prompt], reserve: int) -> None:

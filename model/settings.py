@@ -14,6 +14,8 @@ class SamplingSettings:
     """Keep only the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the likeliest; 0 keeps all."""
     max_rows: int = 64
     """Sequences decoded together. Results do not depend on it."""
 
@@ -21,6 +23,7 @@ class SamplingSettings:
         require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (keep all) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (keep all) to 1")
         require(self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
 
 

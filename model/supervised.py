@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bylaw.kernels.linear_logprob import linear_logprob
+from bylaw.kernels.linear_loss import linear_loss
 from bylaw.kernels.philox import permutation
 from bylaw.model.metrics import Metrics
 from bylaw.model.optim import adamw, scheduled, update
@@ -30,24 +30,21 @@ class Example:
         return sum(self.learned[1:])
 
 
-def token_logprobs(
-    model: Transformer, packed: Packed, learned: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Log-probs [n] of the tokens where `learned` [T] is True, and the hidden states [n, H] before them.
+def token_states(model: Transformer, packed: Packed, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states [n, H] that the tokens at `places` [n] of the stream are chosen from, and those tokens [n].
 
-    The head runs on those tokens alone.
+    The head then runs on those alone.
     """
-    places = learned.nonzero().squeeze(-1)
-    hidden = model(packed).index_select(0, places - 1)
-    return linear_logprob(hidden, model.head_weight, packed.tokens[places], temperature), hidden
+    return model(packed).index_select(0, places - 1), packed.tokens[places]
 
 
 def supervised_loss(model: Transformer, examples: Sequence[Example]) -> Tensor:
     """Negative log-likelihood summed over the learned tokens of `examples`, in nats."""
     packed = pack([example.ids for example in examples], model.device)
-    learned = torch.tensor([flag for e in examples for flag in (False, *e.learned[1:])], device=model.device)
-    logprobs, _ = token_logprobs(model, packed, learned)
-    return -logprobs.sum()
+    learned = torch.tensor([flag for e in examples for flag in (False, *e.learned[1:])])
+    hidden, targets = token_states(model, packed, learned.nonzero().squeeze(-1).to(model.device))
+    ones = torch.ones(len(targets), device=model.device)
+    return linear_loss(hidden, model.head_weight, targets, nll=ones, ignore_index=None).loss
 
 
 def train_supervised(

@@ -17,13 +17,11 @@ from torch.optim import Optimizer
 
 from bylaw.model.records import write_atomic
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
 
 def save_state(
     folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], progress: Mapping[str, Any]
 ) -> None:
-    """Write parameters, AdamW moments and `progress` (JSON values: step, controllers) to `folder`.
+    """Write parameters, the optimisers' tensors and `progress` (JSON values: step, controllers) to `folder`.
 
     Written beside its place and then named by `folder`/latest.json, so that a kill at any instant leaves a whole state.
     """
@@ -36,7 +34,7 @@ def save_state(
     for key, model in models.items():
         save_file(_parameters(model), beside / f"{key}.safetensors")
     for key, optimizer in optimizers.items():
-        save_file(_moments(optimizer), beside / f"{key}.optimizer.safetensors")
+        save_file(_tensors(optimizer), beside / f"{key}.optimizer.safetensors")
     (beside / "progress.json").write_text(json.dumps(dict(progress)))
     os.replace(beside, place)
     write_atomic(folder / "latest.json", json.dumps({"state": name}))
@@ -56,7 +54,7 @@ def load_state(
     for key, model in models.items():
         _restore_parameters(model, load_file(place / f"{key}.safetensors"))
     for key, optimizer in optimizers.items():
-        _restore_moments(optimizer, load_file(place / f"{key}.optimizer.safetensors"))
+        _restore_tensors(optimizer, load_file(place / f"{key}.optimizer.safetensors"))
     return json.loads((place / "progress.json").read_text())
 
 
@@ -70,12 +68,13 @@ def _restore_parameters(model: nn.Module, saved: dict[str, Tensor]) -> None:
         parameter.copy_(saved[name])
 
 
-def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
+def _tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": moments[key].contiguous() for i, moments in state.items() for key in _MOMENTS}
+    tensors = {f"{i}.{key}": value for i, held in state.items() for key, value in held.items()}
+    return {name: value.contiguous() for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
-def _restore_moments(optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
+def _restore_tensors(optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in saved.items():
         index, key = name.split(".")

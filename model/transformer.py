@@ -10,15 +10,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bylaw.kernels.rms_norm import rms_norm
-from bylaw.kernels.rope import rope
+from bylaw.kernels.rms_norm import add_rms_norm, rms_norm
 from bylaw.kernels.swiglu import swiglu
 from bylaw.model.config import ModelConfig
 from bylaw.model.rotary import inverse_frequencies, rotary_table
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
-"""(layer, q [T, N_q, D], k and v [T, N_kv, D], window) -> [T, N_q, D]. A packed stream attends within itself; an engine
-attends over its cache.
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin [T, D] of each token's position."""
+Attend = Callable[[int, Tensor, Tensor, Tensor, Rotary, int], Tensor]
+"""(layer, q [T, N_q, D], k and v [T, N_kv, D], rotary, window) -> [T, N_q, D], with q and k not yet rotated: a packed
+stream rotates them and attends within itself; an engine rotates them on their way to its cache.
 """
 
 
@@ -29,7 +30,7 @@ class Stream(Protocol):
     def tokens(self) -> Tensor: ...
     @property
     def positions(self) -> Tensor: ...
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int) -> Tensor: ...
 
 
 class RMSNorm(nn.Module):
@@ -41,9 +42,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden + delta, normalised, and as it is. `delta` None stands for nothing to add."""
+        if delta is None:
+            return self(hidden), hidden
+        return add_rms_norm(hidden, delta, self.weight, self.eps)
+
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each after a norm and added to the stream. q, k, v are one matrix, gate and up one."""
+    """Attention, then SwiGLU, each after a norm and added to the stream. q, k, v are one matrix, gate and up one.
+
+    What the block adds last it returns beside the stream: the next norm adds it, in one pass over memory.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -60,16 +70,19 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        hidden = hidden + self.out(self._attention(self.attn_norm(hidden), cos, sin, attend))
-        return hidden + self.down(swiglu(self.gate_up(self.mlp_norm(hidden))))
+    def forward(self, hidden: Tensor, delta: Tensor | None, rotary: Rotary, attend: Attend) -> tuple[Tensor, Tensor]:
+        normed, hidden = self.attn_norm.add(hidden, delta)
+        normed, hidden = self.mlp_norm.add(hidden, self.out(self._attention(normed, rotary, attend)))
+        return hidden, self.down(swiglu(self.gate_up(normed)))
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def _attention(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         heads = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v, self.window)
+        elif v.requires_grad:
+            v = v.contiguous()  # a view would keep q and k as they were before the rotation, until the backward pass
+        mixed = attend(self.layer, q, k, v, rotary, self.window)
         return mixed.reshape(-1, self.heads * self.head_dim)
 
 
@@ -103,11 +116,11 @@ class Transformer(nn.Module):
         return self.embed.weight.device
 
     def forward(self, stream: Stream) -> Tensor:
-        hidden = self.embed(stream.tokens)  # [T, H]
-        cos, sin = rotary_table(stream.positions, self.inv_freq, self.attention_factor)
+        hidden, delta = self.embed(stream.tokens), None  # [T, H]
+        rotary = rotary_table(stream.positions, self.inv_freq, self.attention_factor)
         for block in self.blocks:
-            hidden = block(hidden, cos, sin, stream.attend)
-        return self.norm(hidden)
+            hidden, delta = block(hidden, delta, rotary, stream.attend)
+        return self.norm.add(hidden, delta)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] in float32 of `hidden` [T, H]; for a few rows at a time."""

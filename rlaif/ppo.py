@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bylaw.kernels.gae import gae
+from bylaw.kernels.linear_loss import linear_loss
 from bylaw.kernels.philox import permutation
 from bylaw.kernels.policy_loss import Stats, kl_k1, mean_stats, merge_stats, policy_loss, value_loss
 from bylaw.model.data import Prompt
@@ -24,7 +25,7 @@ from bylaw.model.heads import ScalarModel
 from bylaw.model.metrics import Metrics
 from bylaw.model.optim import adamw, scheduled, update
 from bylaw.model.packing import token_batches
-from bylaw.model.supervised import token_logprobs
+from bylaw.model.supervised import token_states
 from bylaw.model.train_state import load_state, save_state
 from bylaw.model.transformer import Transformer
 from bylaw.rlaif.advantages import explained_variance, masked_whiten, next_kl_coef, token_rewards
@@ -179,11 +180,22 @@ def _gradients(models: Models, minibatch: list[list[Rollout]], config: PPOConfig
     tokens = sum(len(rollout.response) for run in minibatch for rollout in run)
     parts = []
     for run in minibatch:
-        packed, response = pack_rollouts(run, models.policy.device)
-        logprobs, _ = token_logprobs(models.policy, packed, response, config.temperature)
-        loss, stats = policy_loss(logprobs, column(run, "logprobs"), column(run, "advantages"), config.clip, tokens)
-        loss.backward()
-        values = response_values(models.value, packed, response)
+        packed, places = pack_rollouts(run, models.policy.device)
+        hidden, targets = token_states(models.policy, packed, places)
+        old, advantages = column(run, "logprobs"), column(run, "advantages")
+        loss, logprobs, _ = linear_loss(
+            hidden,
+            models.policy.head_weight,
+            targets,
+            old_logprobs=old,
+            advantages=advantages,
+            clip=config.clip,
+            temperature=config.temperature,
+            ignore_index=None,
+        )
+        (loss / tokens).backward()
+        loss, stats = policy_loss(logprobs, old, advantages, config.clip, tokens)
+        values = response_values(models.value, packed, places)
         error, value_stats = value_loss(
             values, column(run, "values"), column(run, "returns"), config.value_clip, tokens
         )

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bylaw.kernels.linear_logprob import linear_entropy
+from bylaw.kernels.linear_logprob import LogProbs, linear_logprob
 from bylaw.kernels.philox import request_id
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine, Request
 from bylaw.model.heads import ScalarModel
 from bylaw.model.packing import Packed, pack, token_batches
 from bylaw.model.settings import require
-from bylaw.model.supervised import token_logprobs
+from bylaw.model.supervised import token_states
 from bylaw.model.transformer import Transformer
 from bylaw.rlaif.config import PPOConfig
 
@@ -87,15 +87,21 @@ def score_rollouts(model: ScalarModel, rollouts: Sequence[Rollout], scale: Score
 
 
 def pack_rollouts(rollouts: Sequence[Rollout], device: torch.device) -> tuple[Packed, Tensor]:
-    """The episodes as one packed stream, and which of its tokens [T] are response tokens."""
+    """The episodes as one packed stream of T tokens, and the places [n] of the response tokens in it."""
     packed = pack([rollout.ids for rollout in rollouts], device)
     flags = [flag for r in rollouts for flag in [False] * len(r.prompt) + [True] * len(r.response)]
-    return packed, torch.tensor(flags, device=device)
+    return packed, torch.tensor(flags).nonzero().squeeze(-1).to(device)
 
 
-def response_values(model: ScalarModel, packed: Packed, response: Tensor) -> Tensor:
-    """The value [n] of the state that each response token was chosen in: the scalar head one token before it."""
-    return model(packed)[response.nonzero().squeeze(-1) - 1]
+def response_values(model: ScalarModel, packed: Packed, places: Tensor) -> Tensor:
+    """The value [n] of the state that each token at `places` was chosen in: the scalar head one token before it."""
+    return model(packed)[places - 1]
+
+
+def response_logprobs(model: Transformer, packed: Packed, places: Tensor, temperature: float) -> LogProbs:
+    """Log-probs, entropies and log-normalisers [n] at `places`. No gradient."""
+    hidden, tokens = token_states(model, packed, places)
+    return linear_logprob(hidden, model.head_weight, tokens, temperature)
 
 
 @torch.no_grad()
@@ -106,13 +112,13 @@ def fill_columns(
 
     Called with the micro-batches of the first update, so that its first ratio is exactly 1.
     """
-    packed, response = pack_rollouts(rollouts, policy.device)
-    logprobs, hidden = token_logprobs(policy, packed, response, temperature)
+    packed, places = pack_rollouts(rollouts, policy.device)
+    now = response_logprobs(policy, packed, places, temperature)
     columns = {
-        "logprobs": logprobs,
-        "reference": token_logprobs(reference, packed, response, temperature)[0],
-        "values": response_values(value, packed, response),
-        "entropy": linear_entropy(hidden, policy.head_weight, temperature),
+        "logprobs": now.logprobs,
+        "reference": response_logprobs(reference, packed, places, temperature).logprobs,
+        "values": response_values(value, packed, places),
+        "entropy": now.entropy,
     }
     lengths = [len(rollout.response) for rollout in rollouts]
     for name, column in columns.items():

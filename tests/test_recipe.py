@@ -97,6 +97,7 @@ def test_dump_spells_out_every_setting() -> None:
         (LEAST + "[ppo]\nlearning_rate = nan", ["ppo: learning_rate = nan", "0 or more"]),
         (LEAST + "[ppo]\nminibatches = 99", ["ppo: minibatches = 99", "at most rollouts = 64"]),
         (LEAST + "[revise]\ntop_p = 0", ["revise: top_p = 0.0", "above 0 and at most 1"]),
+        (LEAST + "[revise]\nmin_p = 1.5", ["revise: min_p = 1.5", "0 (keep all) to 1"]),
         (LEAST + "[reward]\nheldout_fraction = 1.0", ["reward: heldout_fraction = 1.0", "below 1"]),
         (LEAST + "seed = -1", ["seed = -1", "0 to 2^63"]),
         (LEAST + "prompt_limit = -1", ["prompt_limit = -1", "0 (all)"]),

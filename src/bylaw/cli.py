@@ -109,6 +109,20 @@ def _constitution(args: list[str]) -> None:
         print(f"{args[1]}: {len(constitution.principles)} principles, all in order; hash {constitution.hash}")
 
 
+def _kernels(args: list[str]) -> None:
+    """Which implementation of each operation runs on this machine, and why: bylaw kernels"""
+    if {"-h", "--help"} & set(args):
+        print(f"usage: bylaw kernels\n\n{_kernels.__doc__}")
+        return
+    if args:
+        raise ValueError(f"got {args}; allowed: no arguments")
+    import torch
+
+    from bylaw.explain import explain
+
+    print(explain(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "run": _stage_command(STAGES, "run", "All stages on your own checkpoint, constitution and prompts."),
@@ -120,4 +134,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "ppo": _stage_command(("ppo",), "ppo", "PPO against the reward model: the RL-CAI model."),
     "chat": _chat,
     "constitution": _constitution,
+    "kernels": _kernels,
 }

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bylaw.kernels.attention import LENGTH_RATIO, SHORT, attention, decode_attention, plan_buckets
+from bylaw.kernels.attention import attention, decode_attention, plan
+from bylaw.kernels.layout import LENGTH_RATIO, SHORT
 
 EVERY_LENGTH = tuple((17 * n) % 71 for n in range(1, 71))  # 1 to 70, mixed
 MIXED = (3, 70, 1, 33, 0, 7, 7, 50, 2)
@@ -41,7 +42,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int =
 
 def test_every_length_from_1_to_70() -> None:
     q, k, v = random_qkv(sum(EVERY_LENGTH), 2, 1, 6)
-    out = attention(q, k, v, plan_buckets(offsets(EVERY_LENGTH)))
+    out = attention(q, k, v, plan(offsets(EVERY_LENGTH)))
     torch.testing.assert_close(out, naive(q, k, v, EVERY_LENGTH), atol=1e-12, rtol=0)
 
 
@@ -50,9 +51,9 @@ def test_every_length_from_1_to_70() -> None:
 def test_grouped_heads_odd_sizes_and_windows(heads: int, kv_heads: int, size: int, window: int) -> None:
     lengths = (3, 19, 1, 8, 0, 2, 51)
     q, k, v = random_qkv(sum(lengths), heads, kv_heads, size)
-    out = attention(q, k, v, plan_buckets(offsets(lengths)), window)
+    out = attention(q, k, v, plan(offsets(lengths)), window)
     torch.testing.assert_close(out, naive(q, k, v, lengths, window), atol=1e-12, rtol=0)
-    narrow = attention(q.float(), k.float(), v.float(), plan_buckets(offsets(lengths)), window)
+    narrow = attention(q.float(), k.float(), v.float(), plan(offsets(lengths)), window)
     torch.testing.assert_close(narrow.double(), out, atol=2e-6, rtol=0)
 
 
@@ -61,7 +62,7 @@ def test_gradients_equal_those_of_the_naive_version(window: int) -> None:
     lengths = (5, 1, 40, 9)
     q, k, v = inputs = tuple(x.requires_grad_() for x in random_qkv(sum(lengths), 4, 2, 6))
     weights = torch.randn(sum(lengths), 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    got = torch.autograd.grad((attention(q, k, v, plan_buckets(offsets(lengths)), window) * weights).sum(), inputs)
+    got = torch.autograd.grad((attention(q, k, v, plan(offsets(lengths)), window) * weights).sum(), inputs)
     expected = torch.autograd.grad((naive(q, k, v, lengths, window) * weights).sum(), inputs)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
@@ -70,27 +71,27 @@ def test_gradients_equal_those_of_the_naive_version(window: int) -> None:
 @pytest.mark.parametrize("window", [0, 2])
 def test_gradients_equal_finite_differences(window: int) -> None:
     inputs = [x.requires_grad_() for x in random_qkv(5, 2, 1, 2)]
-    buckets = plan_buckets(offsets((3, 2)))
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, buckets, window), inputs)
+    layout = plan(offsets((3, 2)))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, layout, window), inputs)
 
 
 @pytest.mark.parametrize("window", [0, 6])
 def test_a_sequence_does_not_feel_its_batch_mates(window: int) -> None:
     q, k, v = (x.float() for x in random_qkv(sum(MIXED), 4, 2, 10))
-    together = attention(q, k, v, plan_buckets(offsets(MIXED)), window)
+    together = attention(q, k, v, plan(offsets(MIXED)), window)
     for start, end in itertools.pairwise(offsets(MIXED).tolist()):
-        alone = attention(q[start:end], k[start:end], v[start:end], plan_buckets(offsets([end - start])), window)
+        alone = attention(q[start:end], k[start:end], v[start:end], plan(offsets([end - start])), window)
         torch.testing.assert_close(together[start:end], alone, atol=1e-6, rtol=0)
 
 
 def test_a_broken_batch_mate_breaks_nobody_else() -> None:
     q, k, v = random_qkv(12, 2, 1, 4)
-    buckets = plan_buckets(offsets((5, 4, 3)))
-    assert len(buckets) == 1
-    before = attention(q, k, v, buckets)
+    layout = plan(offsets((5, 4, 3)))
+    assert len(layout.buckets) == 1
+    before = attention(q, k, v, layout)
     for x in (q, k, v):
         x[5:9] = torch.nan
-    after = attention(q, k, v, buckets)
+    after = attention(q, k, v, layout)
     assert after[5:9].isnan().all()
     assert torch.equal(after[:5], before[:5]) and torch.equal(after[9:], before[9:])
 
@@ -98,7 +99,7 @@ def test_a_broken_batch_mate_breaks_nobody_else() -> None:
 @pytest.mark.parametrize("lengths", [MIXED, EVERY_LENGTH, (1,), (0, 5, 0), (100, 75, 74, 32, 31, 1)])
 def test_buckets_place_every_token_once_and_pad_little(lengths: tuple[int, ...]) -> None:
     cu_seqlens = offsets(lengths)
-    buckets = plan_buckets(cu_seqlens)
+    buckets = plan(cu_seqlens).buckets
     assert sorted(torch.cat([bucket.stream for bucket in buckets]).tolist()) == list(range(sum(lengths)))
     for bucket in buckets:
         assert bucket.rows * bucket.length <= len(bucket.stream) * LENGTH_RATIO or bucket.length <= SHORT
@@ -111,7 +112,7 @@ def test_buckets_place_every_token_once_and_pad_little(lengths: tuple[int, ...])
 
 def test_like_lengths_share_a_bucket() -> None:
     def lengths(*given: int) -> list[tuple[int, int]]:
-        return [(bucket.rows, bucket.length) for bucket in plan_buckets(offsets(given))]
+        return [(bucket.rows, bucket.length) for bucket in plan(offsets(given)).buckets]
 
     assert lengths(100, 75) == [(2, 100)]  # 100 / 75 = 1.333
     assert lengths(74, 100) == [(1, 100), (1, 74)]  # 100 / 74 = 1.351
@@ -122,7 +123,7 @@ def test_like_lengths_share_a_bucket() -> None:
 @pytest.mark.parametrize("cu_seqlens", [torch.tensor([0]), torch.tensor([0, 0, 0])])
 def test_no_tokens(cu_seqlens: Tensor) -> None:
     q, k, v = random_qkv(0, 2, 1, 4)
-    assert attention(q, k, v, plan_buckets(cu_seqlens)).shape == (0, 2, 4)
+    assert attention(q, k, v, plan(cu_seqlens)).shape == (0, 2, 4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 10), (3, 3, 5), (6, 1, 34)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bylaw.kernels.rms_norm import rms_norm
+from bylaw.kernels.rms_norm import add_rms_norm, rms_norm
 from bylaw.kernels.rope import rope
 from bylaw.kernels.swiglu import swiglu
 
@@ -56,6 +56,13 @@ def test_rms_norm_rounds_half_precision_before_the_scale() -> None:
     assert (out == late).double().mean() < 0.9, "rounding once at the end is something else"
 
 
+def test_add_rms_norm_is_an_addition_and_a_norm_to_the_bit() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, residual, weight = random(5, 7).to(dtype), random(5, 7, seed=1).to(dtype), random(7, seed=2).to(dtype)
+        normed, summed = add_rms_norm(x, residual, weight, 1e-6)
+        assert torch.equal(summed, x + residual) and torch.equal(normed, rms_norm(x + residual, weight, 1e-6))
+
+
 def test_rms_norm_gradients() -> None:
     x, weight = random(3, 5).requires_grad_(), random(5, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-5), (x, weight))
@@ -69,15 +76,17 @@ def test_rope_is_a_rotation_of_complex_numbers(heads: int, size: int) -> None:
     half = size // 2
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)[:, None]
     expected = torch.cat([turned.real, turned.imag], dim=-1)
-    torch.testing.assert_close(rope(x, cos, sin), expected, atol=1e-13, rtol=0)
-    narrow = rope(x.float(), cos.float(), sin.float())
-    torch.testing.assert_close(narrow.double(), expected, atol=1e-6, rtol=0)
+    for turned in rope(x, x.clone(), cos, sin):
+        torch.testing.assert_close(turned, expected, atol=1e-13, rtol=0)
+    narrow = rope(x.float(), x[:, :1].float(), cos.float(), sin.float())
+    torch.testing.assert_close(narrow[0].double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(narrow[1].double(), expected[:, :1], atol=1e-6, rtol=0)
 
 
 def test_after_rope_only_the_distance_counts() -> None:
     q, k = random(1, 2, 6).expand(40, 2, 6), random(1, 2, 6, seed=1).expand(40, 2, 6)
     _, cos, sin = table(torch.arange(40), 6)
-    products = torch.einsum("inD,jnD->nij", rope(q, cos, sin), rope(k, cos, sin))
+    products = torch.einsum("inD,jnD->nij", *rope(q, k, cos, sin))
     for distance in (-11, 0, 1, 25):
         along = products.diagonal(distance, 1, 2)
         torch.testing.assert_close(along, along[:, :1].expand_as(along), atol=1e-12, rtol=0)
@@ -86,13 +95,14 @@ def test_after_rope_only_the_distance_counts() -> None:
 
 def test_rope_keeps_the_dtype_of_its_input() -> None:
     x, cos, sin = torch.ones(2, 1, 4, dtype=torch.bfloat16), torch.ones(2, 4), torch.zeros(2, 4)
-    out = rope(x, cos, sin)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, x)
+    for out in rope(x, x.clone(), cos, sin):
+        assert out.dtype == torch.bfloat16 and torch.equal(out, x)
 
 
 def test_rope_gradients() -> None:
     _, cos, sin = table(torch.tensor([0, 3, 1]), 4)
-    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), random(3, 2, 4).requires_grad_())
+    q, k = random(3, 2, 4).requires_grad_(), random(3, 1, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (5, 14), (0, 6)])

@@ -36,6 +36,15 @@ def test_gradcheck_and_the_gradient_sigma_minus_p() -> None:
     torch.testing.assert_close(grad_b, -grad_a)
 
 
+def test_a_margin_shifts_the_difference_and_centring_pulls_the_sum_to_0() -> None:
+    a, b, p = wide(1.0, 0.0, 2.0), wide(0.0, 0.5, 3.0), wide(1.0, 0.3, 0.25)
+    for margin in (0.7, wide(0.5, -1.0, 2.0)):
+        assert torch.equal(preference_loss(a, b, p, margin), preference_loss(a - b - margin, torch.zeros(3), p))
+    plain = preference_loss(a, b, p)
+    torch.testing.assert_close(preference_loss(a, b, p, centring=0.1), plain + wide(0.1, 0.025, 2.5))
+    assert torch.equal(preference_loss(a, b, p, 0.0, 0.0), plain)
+
+
 def test_the_least_loss_is_at_the_label_itself() -> None:
     margin = torch.linspace(-3, 3, 601, dtype=torch.float64)
     best = margin[preference_loss(margin, torch.zeros_like(margin), torch.full_like(margin, 0.8)).argmin()]
@@ -88,6 +97,16 @@ def test_bad_input_is_refused() -> None:
             preference_accuracy(two, two, torch.tensor([0.5, label]))
         with pytest.raises(ValueError, match="predicted holds"):
             expected_calibration_error(torch.tensor([0.5, label]), two)
+    with pytest.raises(ValueError, match=r"margin has the shape \(3,\) and score_a \(2,\); allowed: the same"):
+        preference_loss(two, two, two, torch.zeros(3))
+    for centring in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"centring is .*; allowed: 0"):
+            preference_loss(two, two, two, centring=centring)
+    learned = torch.zeros(2, requires_grad=True)
+    with pytest.raises(ValueError, match="p_a requires grad"):
+        preference_loss(two, two, learned)
+    with pytest.raises(ValueError, match="margin requires grad"):
+        preference_loss(two, two, two, learned)
     with pytest.raises(ValueError, match="N at least 1"):
         expected_calibration_error(two[:0], two[:0])
     with pytest.raises(ValueError, match="bins is 0"):

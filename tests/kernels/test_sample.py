@@ -10,11 +10,17 @@ LAST = 1 - 2.0**-24  # the largest draw of kernels/philox.py
 
 
 def draw(
-    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample` with the same settings in every row."""
     n = len(logits)
-    return sample(logits, uniforms, torch.full((n,), temperature), torch.full((n,), top_k), torch.full((n,), top_p))
+    settings = torch.full((n,), temperature), torch.full((n,), top_k), torch.full((n,), top_p)
+    return sample(logits, uniforms, *settings, None if min_p is None else torch.full((n,), min_p))
 
 
 def grid(n: int) -> Tensor:
@@ -47,8 +53,14 @@ def test_frequencies_and_logprobs_are_those_of_the_tempered_softmax(temperature:
     torch.testing.assert_close(logprobs.double(), wanted[tokens], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (1, 1.0), (0, 0.6), (0, 1e-6), (7, 0.8), (100, 0.95), (36, 1)])
-def test_limits_agree_with_transformers(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        *((5, 1.0, 0.0), (1, 1.0, 0.0), (0, 0.6, 0.0), (0, 1e-6, 0.0), (7, 0.8, 0.0), (100, 0.95, 0.0), (36, 1.0, 0.0)),
+        *((0, 1.0, 0.1), (0, 1.0, 1.0), (9, 0.8, 0.2), (0, 0.5, 1e-9)),
+    ],
+)
+def test_limits_agree_with_transformers(top_k: int, top_p: float, min_p: float) -> None:
     from transformers.generation import logits_process as hf
 
     n, temperature = 4000, 0.8
@@ -59,8 +71,10 @@ def test_limits_agree_with_transformers(top_k: int, top_p: float) -> None:
         wanted = hf.TopKLogitsWarper(top_k)(ids, wanted)  # pyright: ignore[reportArgumentType]
     if top_p < 1:
         wanted = hf.TopPLogitsWarper(top_p)(ids, wanted)  # pyright: ignore[reportArgumentType]
+    if min_p:
+        wanted = hf.MinPLogitsWarper(min_p)(ids, wanted)  # pyright: ignore[reportArgumentType]
     wanted = wanted[0].double().log_softmax(-1)
-    tokens, logprobs = draw(logits.expand(n, 37), grid(n), temperature, top_k, top_p)
+    tokens, logprobs = draw(logits.expand(n, 37), grid(n), temperature, top_k, top_p, min_p)
     shares = torch.bincount(tokens, minlength=37) / n
     assert (shares - wanted.exp()).abs().max() <= 1 / n + 1e-6
     torch.testing.assert_close(logprobs.double(), wanted[tokens], atol=1e-5, rtol=0)
@@ -74,9 +88,24 @@ def test_ties_keep_exactly_k_tokens_and_the_lower_index() -> None:
     assert draw(logits, grid(100), top_p=0.1)[0].unique().tolist() == [1]
 
 
+def test_a_token_hardly_likelier_is_no_tie() -> None:
+    logits = torch.tensor([1e-9, 2e-9, 30.0]).expand(100, 3)  # less 30, the first two are the same float32
+    for top_k, top_p in [(2, 1.0), (0, 0.6)]:
+        assert draw(logits, grid(100), 50.0, top_k, top_p)[0].unique().tolist() == [1, 2]
+
+
+def test_min_p_cuts_what_top_p_left() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(100, 3)
+    assert draw(logits, grid(100), top_p=0.6, min_p=0.5)[0].unique().tolist() == [0, 1]  # of 0.5 and 0.3
+    # Had min_p come first, top_p would have seen 0.625 and 0.375, and stopped at the first.
+    assert draw(logits, grid(100), min_p=0.7)[0].unique().tolist() == [0]
+    unlimited = draw(logits, grid(100))
+    assert all(torch.equal(*pair) for pair in zip(draw(logits, grid(100), min_p=0.0), unlimited, strict=True))
+
+
 def test_temperature_zero_is_argmax_with_the_logprob_at_temperature_one() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, -1.0], [5.0, 1.0, 2.0, 3.0]])
-    tokens, logprobs = draw(logits, torch.tensor([LAST, LAST]), temperature=0.0, top_k=1, top_p=0.5)
+    tokens, logprobs = draw(logits, torch.tensor([LAST, LAST]), temperature=0.0, top_k=1, top_p=0.5, min_p=1.0)
     assert tokens.tolist() == [1, 0]  # the first of a tie
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[[0, 1], [1, 0]])
 
@@ -87,9 +116,10 @@ def test_rows_do_not_see_each_other() -> None:
     temperature = torch.tensor([1.0, 0.0, 0.5] * 4)
     top_k = torch.tensor([0, 0, 4, 0, 9, 0] * 2)
     top_p = torch.tensor([1.0, 1.0, 1.0, 0.7] * 3)
-    whole = sample(logits, uniforms, temperature, top_k, top_p)
+    parts = logits, uniforms, temperature, top_k, top_p, torch.tensor([0.0, 0.2, 0.0, 0.0, 0.0, 0.1] * 2)
+    whole = sample(*parts)
     for i in range(n):
-        alone = sample(*(part[i : i + 1] for part in (logits, uniforms, temperature, top_k, top_p)))
+        alone = sample(*(part[i : i + 1] for part in parts))
         assert alone[0][0] == whole[0][i] and alone[1][0] == whole[1][i]  # the same bits
 
 
@@ -198,14 +228,16 @@ def test_broken_logits_are_refused(broken: float) -> None:
         *(("uniforms", 1.0), ("uniforms", -0.1), ("uniforms", float("nan"))),
         *(("temperature", -1.0), ("temperature", float("inf")), ("temperature", float("nan"))),
         *(("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan"))),
+        *(("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan"))),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
     ones = torch.ones(2)
-    settings = {"uniforms": grid(2), "temperature": ones.clone(), "top_k": ones.long(), "top_p": ones.clone()}
+    settings = {n: ones.clone() for n in ("uniforms", "temperature", "top_k", "top_p", "min_p")}
+    settings |= {"uniforms": grid(2), "top_k": ones.long()}
     settings[name][1] = value
     with pytest.raises(ValueError, match=rf"{name} of row 1 is .*; allowed: "):
-        sample(torch.zeros(2, 3), **settings)
+        sample(torch.zeros(2, 3), *settings.values())
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -215,3 +247,7 @@ def test_wrong_shapes_are_refused() -> None:
         draw(torch.zeros(2, 0), grid(2))
     with pytest.raises(ValueError, match=r"uniforms has the shape \(1,\); allowed: \(2,\)"):
         draw(torch.zeros(2, 4), grid(1))
+    with pytest.raises(ValueError, match=r"min_p has the shape \(1,\); allowed: \(2,\)"):
+        sample(torch.zeros(2, 4), grid(2), torch.ones(2), torch.ones(2), torch.ones(2), torch.ones(1))
+    with pytest.raises(ValueError, match=r"top_p is on meta; allowed: cpu, where the logits are"):
+        sample(torch.zeros(2, 4), grid(2), torch.ones(2), torch.ones(2), torch.ones(2, device="meta"))

@@ -13,11 +13,19 @@ def ours(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 2), (3, 126), (2, 130), (0, 6), (2, 3, 10), (4, 0)])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 126), (2, 130), (2, 144), (0, 6), (2, 3, 10), (4, 0)])
 def test_forward_and_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, grad = 4 * random(*shape), random(*shape[:-1], shape[-1] // 2, seed=1)
     exact = gradients(reference, grad.to(dtype).double(), x.to(dtype).double())
     assert_all_as_good(gradients(ours, grad, x.to(dtype)), gradients(reference, grad, x.to(dtype)), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [4864, 8 * 1001, 2 * 1001, 1001, 14336])
+def test_production_shapes(size: int, dtype: torch.dtype) -> None:
+    test_forward_and_gradient((1023, 2 * size), dtype)
 
 
 def test_gradient_numerically() -> None:

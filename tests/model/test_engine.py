@@ -11,12 +11,13 @@ import torch
 import transformers
 from tokenizers import models
 
+from bylaw.kernels.linear_loss import linear_loss
 from bylaw.kernels.philox import uniform_scalar
 from bylaw.model.checkpoint import load_model
 from bylaw.model.config import ModelConfig
 from bylaw.model.engine import Completion, Engine, Request
 from bylaw.model.packing import pack
-from bylaw.model.supervised import token_logprobs
+from bylaw.model.supervised import token_states
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer, initialize
 
@@ -130,7 +131,9 @@ def test_the_window_is_felt(model: Transformer) -> None:
 
 def mixed_requests() -> list[Request]:
     given = prompts(20, (1, 9, 3, 27, 14))
-    settings: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}]
+    settings: list[dict[str, Any]] = [
+        {}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}, {"min_p": 0.3}
+    ]  # fmt: skip
     return [
         Request(
             prompt=prompt,
@@ -188,8 +191,10 @@ def test_the_trainer_gives_sampled_tokens_the_same_log_probs(pair: Pair, tempera
     done = engine(pair.ours, 5).generate(requests)
     packed = pack([[*request.prompt, *one.ids] for request, one in zip(requests, done, strict=True)])
     flags = [[False] * len(r.prompt) + [True] * len(one.ids) for r, one in zip(requests, done, strict=True)]
-    with torch.no_grad():
-        logprobs, _ = token_logprobs(pair.ours, packed, torch.tensor(list(itertools.chain(*flags))), temperature)
+    places = torch.tensor(list(itertools.chain(*flags))).nonzero().squeeze(-1)
+    hidden, tokens = token_states(pair.ours, packed, places)
+    nll = torch.ones(len(tokens))
+    logprobs = linear_loss(hidden, pair.ours.head_weight, tokens, nll=nll, temperature=temperature).logprobs
     sampled = torch.tensor(list(itertools.chain(*(one.logprobs for one in done))))
     assert sampled.std() > 0.3 and len(sampled) == 144
     torch.testing.assert_close(sampled, logprobs, atol=1e-4, rtol=0)

@@ -133,6 +133,7 @@ def test_a_stop_id_is_kept() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
         ({"stop_strings": ("a", "")}, "an empty one is in every text"),
     ],
 )

@@ -116,9 +116,9 @@ class Place(ScalarModel):
 def test_a_value_is_that_of_the_state_before_its_token(make_model: MakeModel) -> None:
     """The state in which a response token is chosen ends one token before it; the prompt's tokens have none."""
     rollouts = [episode([5, 6, 7], [8, 9]), episode([5], [6, 7, 0])]
-    packed, response = pack_rollouts(rollouts, torch.device("cpu"))
-    assert response.tolist() == [False] * 3 + [True] * 2 + [False] + [True] * 3
-    assert response_values(Place(make_model()), packed, response).tolist() == [2, 3, 0, 1, 2]
+    packed, places = pack_rollouts(rollouts, torch.device("cpu"))
+    assert places.tolist() == [3, 4, 6, 7, 8]
+    assert response_values(Place(make_model()), packed, places).tolist() == [2, 3, 0, 1, 2]
     policy = make_model()
     fill_columns(rollouts, policy, policy, Place(policy), 1.0)
     assert rollouts[1].columns["values"].tolist() == [0, 1, 2]

@@ -144,7 +144,7 @@ def test_a_chain_says_what_made_it(
     revise(reviser, PROMPTS, tmp_path / "chains.jsonl")
     by = {
         "seed": SEED,
-        "sampling": {"temperature": 1.0, "top_k": 3, "top_p": 1.0},
+        "sampling": {"temperature": 1.0, "top_k": 3, "top_p": 1.0, "min_p": 0.0},
         "model": "abc",
         "tokenizer": tokenizer.hash,
         "constitution": constitution.hash,
