@@ -42,8 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int = 0, 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int) -> None:
     shapes = [tuple(x.shape) for x in (q, k, v)]
-    fit = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
-    if not fit or q.shape[1] % max(k.shape[1], 1) or q.shape[0] != layout.tokens:
+    fit = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2] and k.shape[1] > 0
+    if not fit or q.shape[1] % k.shape[1] or q.shape[0] != layout.tokens:
         raise ValueError(
             f"q, k, v have the shapes {shapes}, and the layout {layout.tokens} tokens; allowed: [T, Nq, D] and twice "
             "[T, Nkv, D], Nq a multiple of Nkv, T as many tokens as the layout has"

@@ -105,13 +105,13 @@ def _walk_queries(
         # A product starts from what is to be taken from it: fewer registers than to take it from the result.
         scores = tl.broadcast_to(-peak[None, :], [BLOCK, STEP])
         scores = tl.dot(key, tl.trans(queries), scores, input_precision="ieee", out_dtype=ACC)
-        grad_weights = tl.broadcast_to(-row_delta[None, :], [BLOCK, STEP])
-        grad_weights = tl.dot(value, tl.trans(grads), grad_weights, input_precision="ieee", out_dtype=ACC)
         if MASKED:
             seen = sees(m + rows[None, :], first + tl.arange(0, BLOCK)[:, None], window)
             scores = tl.where(seen, scores, -float("inf"))
         weights = tl.exp2(scores * SCALE)
         grad_value = tl.dot(weights.to(key.dtype), grads, grad_value, input_precision="ieee", out_dtype=ACC)
+        grad_weights = tl.broadcast_to(-row_delta[None, :], [BLOCK, STEP])
+        grad_weights = tl.dot(value, tl.trans(grads), grad_weights, input_precision="ieee", out_dtype=ACC)
         grad_scores = weights * grad_weights
         grad_key = tl.dot(grad_scores.to(key.dtype), queries, grad_key, input_precision="ieee", out_dtype=ACC)
     return grad_key, grad_value

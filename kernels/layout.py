@@ -53,7 +53,7 @@ def plan(cu_seqlens: Tensor, device: torch.device | str | None = None) -> Layout
         max_seqlen=max(lengths, default=0),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32).to(device),
         tiles=_tiles(torch.tensor(lengths, dtype=torch.int64)).to(device),
-        buckets=make_buckets(lengths, device) if device.type == "cpu" else (),
+        buckets=() if device.type in ("cuda", "meta") else make_buckets(lengths, device),
     )
 
 

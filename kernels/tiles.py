@@ -22,6 +22,7 @@ def launch(
     size = q.shape[2]
     padded = max(16, triton.next_power_of_2(size))
     settings = config(table, q.device, head_dim=padded, itemsize=q.element_size())
+    assert TILE % settings["BLOCK"] == 0, f"{table}: blocks of {settings['BLOCK']} do not fill tiles of {TILE}"
     grid = (tiles.shape[0] * (TILE // settings["BLOCK"]), heads)
     if grid[0] and heads:
         kernel[grid](
@@ -41,7 +42,6 @@ def place(tiles, cu_seqlens, FROM_END, TILE: tl.constexpr, BLOCK: tl.constexpr):
 
     A sequence's last tile may have blocks with no row in it: their programs have nothing to do.
     """
-    tl.static_assert(TILE % BLOCK == 0)
     program = tl.program_id(0)
     entry = tiles + program // (TILE // BLOCK) * 2
     sequence, tile = tl.load(entry), tl.load(entry + 1)

@@ -152,7 +152,7 @@ def test_the_operations_are_registered_in_order() -> None:
     layout, inputs = layout_of((3, 2)), random_qkv(5, (2, 1, 4), torch.float32)
     q, k, v = (x.requires_grad_() for x in inputs)
     assert_op(flash._forward, q, k, v, layout.cu_seqlens, layout.tiles, 2)
-    out, lse = flash.forward(*(x.detach() for x in inputs), layout)
+    out, lse = flash.forward(q.detach(), k.detach(), v.detach(), layout)
     for grad_lse in (None, torch.ones_like(lse)):
         tensors = [x.detach() for x in (q, k, v, out, lse, torch.ones_like(out))]
         assert_op(backward, *tensors, grad_lse, layout.cu_seqlens, layout.tiles, 0)
@@ -178,7 +178,7 @@ def test_every_tile_once_and_the_longest_past_first() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about a CPU's layout")
-def test_only_a_cpu_gets_buckets() -> None:
+def test_a_layout_without_buckets_makes_them_when_they_are_asked_for() -> None:
     cu_seqlens = torch.tensor([0, 3, 5])
     assert plan(cu_seqlens).buckets and not plan(cu_seqlens, "meta").buckets
     bare = Layout(**{**vars(plan(cu_seqlens)), "buckets": ()})
@@ -188,7 +188,14 @@ def test_only_a_cpu_gets_buckets() -> None:
 
 def test_refusals() -> None:
     layout, (q, k, v) = layout_of((3, 2)), random_qkv(5, (4, 2, 8))
-    for wrong in ((q[:, :3], k, v), (q, k[:, :1], v), (q, k, v[:, :, :4]), (q[:4], k[:4], v[:4]), (q, k[0], v[0])):
+    for wrong in (
+        (q[:, :3], k, v),
+        (q, k[:, :1], v),
+        (q, k, v[:, :, :4]),
+        (q[:4], k[:4], v[:4]),
+        (q, k[0], v[0]),
+        (q, k[:, :0], v[:, :0]),
+    ):
         with pytest.raises(ValueError, match=r"have the shapes .* and the layout 5 tokens; allowed"):
             attention(*wrong, layout)
     with pytest.raises(ValueError, match="the same dtype"):
