@@ -133,7 +133,14 @@ def compare(ours: Sequence[Tensor], torchs: Sequence[Tensor], exact: Sequence[Te
         if got.shape != true.shape:
             raise ValueError(f"the result has the shape {tuple(got.shape)}; allowed: {tuple(true.shape)}")
     every = [_errors(*tensors) for tensors in zip(ours, torchs, exact, strict=True)]
-    return max(every, key=lambda errors: (errors.ratio != errors.ratio, errors.ratio))
+    found = worst(every)
+    assert isinstance(found, Errors)
+    return found
+
+
+def worst(found: Sequence[Errors | str]) -> Errors | str:
+    """A failure or a NaN if there is one, or the errors with the largest ratio."""
+    return max(found, key=lambda one: (2, 0) if isinstance(one, str) else (int(one.ratio != one.ratio), one.ratio))
 
 
 def _errors(ours: Tensor, torchs: Tensor, exact: Tensor) -> Errors:

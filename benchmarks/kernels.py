@@ -31,7 +31,18 @@ import torch
 from torch._functorch import config as functorch
 
 from bylaw.benchmarks.case import Case, Floor
-from bylaw.benchmarks.gate import Call, Errors, as_tuple, check, described, differentiate, dtypes, ready, weights_of
+from bylaw.benchmarks.gate import (
+    Call,
+    Errors,
+    as_tuple,
+    check,
+    described,
+    differentiate,
+    dtypes,
+    ready,
+    weights_of,
+    worst,
+)
 from bylaw.benchmarks.script import modules, script
 from bylaw.benchmarks.timing import Rates, measure, peak_bytes, rates
 
@@ -112,19 +123,19 @@ def run(module: ModuleType, bench: Bench) -> Iterator[Record]:
     for case in small if bench.device.type == "cpu" else module.cases(small=False):
         if bench.peers:
             torch.compiler.reset()  # or from the second shape on, a compiled peer would be one for all shapes
+        calls = implementations(case, bench)
         about: Record = {"operation": case.operation, "shape": dict(case.shape)}
         try:
             found, about["checked_at"] = check_where_it_fits(case, small, bench)
         except Exception as error:
-            found = {bench.ours: described(error)}
-        for name, errors in found.items():
+            found = dict.fromkeys(calls, described(error))
+        for name, call in calls.items():
+            one = about | {"implementation": name}
             try:
-                figures = exactness(errors, must_be_good=name == bench.ours)
-                yield from timed(
-                    case, implementations(case, bench)[name], bench, about | figures | {"implementation": name}
-                )
+                figures = exactness(found.get(name), must_be_good=name == bench.ours)
+                yield from timed(case, call, bench, one | figures)
             except Exception as error:
-                yield about | {"implementation": name, "failed": described(error)}
+                yield one | {"failed": described(error)}
             torch.cuda.empty_cache()
 
 
@@ -136,31 +147,36 @@ def implementations(case: Case, bench: Bench) -> dict[str, Call]:
 def check_where_it_fits(
     case: Case, small: Sequence[Case], bench: Bench
 ) -> tuple[dict[str, Errors | str], list[dict[str, int]]]:
-    """The errors of every implementation of `case`, and the shapes where they were found.
+    """The errors of the implementations of `case`, and the shapes where they were found.
 
     That is the case's own `check`, or itself, or where the device has no memory for float64, the `small` cases.
     """
+
+    def checked(one: Case) -> dict[str, Errors | str]:
+        return check(one, implementations(one, bench), bench.device, DTYPE)
+
     at = case.check or case
     try:
-        return check(at, implementations(at, bench), bench.device, DTYPE), [dict(at.shape)]
+        return checked(at), [dict(at.shape)]
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-    every = [check(one, implementations(one, bench), bench.device, DTYPE) for one in small]
-    return {name: worst([found[name] for found in every]) for name in every[0]}, [dict(one.shape) for one in small]
+        pass
+    torch.cuda.empty_cache()  # only now, when no traceback holds tensors any more
+    alike = [one for one in small if one.operation == case.operation]
+    every = [checked(one) for one in alike]
+    names = {name for found in every for name in found}
+    return {name: worst([f[name] for f in every if name in f]) for name in names}, [dict(one.shape) for one in alike]
 
 
-def worst(found: Sequence[Errors | str]) -> Errors | str:
-    """A failure if there is one, or the errors with the largest ratio."""
-    failures = [one for one in found if isinstance(one, str)]
-    return (
-        failures[0] if failures else max((one for one in found if isinstance(one, Errors)), key=lambda one: one.ratio)
-    )
+def exactness(errors: Errors | str | None, must_be_good: bool) -> Record:
+    """The columns on errors; of a peer that could not be checked, None.
 
-
-def exactness(errors: Errors | str, must_be_good: bool) -> Record:
-    """The columns on errors. Raises RuntimeError for a result that is not to be timed: it failed, or ours is wrong."""
+    Raises RuntimeError for a result that is not to be timed: it failed, or it is ours and wrong.
+    """
     if isinstance(errors, str):
         raise RuntimeError(errors)
+    if errors is None:
+        assert not must_be_good, "what is ours is always checked"
+        return dict.fromkeys(("error", "torch_error", "error_ratio", "difference_from_torch"))
     if must_be_good and not errors.as_good:
         against = f"torch's in the same dtype is {errors.torch_error:.3g}"
         raise RuntimeError(f"error {errors.error:.3g} against float64; {against}")
@@ -231,8 +247,8 @@ def as_line(record: Record) -> str:
     ms, peak = record["ms"], record["peak_bytes"]
     memory = "-" if peak is None else f"{peak / 2**20:.0f}"
     times = f"{ms['p20']:>10.4f}{ms['p50']:>10.4f}{ms['p80']:>10.4f}{record['floor_ms']:>10.4f}"
-    exactness = f"{record['percent_of_floor']:>8.1f}{memory:>10}{record['error']:>10.1e}{record['error_ratio']:>7.2f}"
-    return f"{start}{record['pass']:<10}{times}{exactness}"
+    errors = "" if record["error"] is None else f"{record['error']:>10.1e}{record['error_ratio']:>7.2f}"
+    return f"{start}{record['pass']:<10}{times}{record['percent_of_floor']:>8.1f}{memory:>10}{errors}"
 
 
 def plotter() -> Callable[[Path, Path], None]:

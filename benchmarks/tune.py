@@ -4,10 +4,10 @@
     python benchmarks/tune.py --op NAME --dry-run [--arch sm_90]    without a GPU: print what would be timed
 
 Row by row of the tables that the operation's production launches use: the settings next to it are those with one number
-halved or doubled, or one stage more or less (an operation's module in benchmarks/operations may list its own, by
-`candidates(table, row)`). Those that do not compile, spill or take too much shared memory are dropped ahead of time;
-the rest are checked against float64 and timed on all cases that use the row. The fastest takes its place, and its
-neighbours are tried, until none is faster. After it, make the resource table anew: benchmarks/resources.py --write.
+halved or doubled, one stage more or less, or one switch turned (an operation's module in benchmarks/operations may list
+its own, by `candidates(table, row)`). Those that do not compile, spill or take too much shared memory are dropped ahead
+of time; the rest are checked against float64 and timed on all cases that use the row. The fastest takes its place, and
+its neighbours are tried, until none is faster. After it, make the resource table anew: benchmarks/resources.py --write.
 """
 
 import json
@@ -158,11 +158,13 @@ def candidates(module: ModuleType, table: str, row: Row) -> list[Row]:
 
 
 def neighbours(row: Row) -> Iterator[Row]:
-    """`row` with one number halved or doubled, or one stage more or less; also in the groups that it may hold."""
+    """`row` with one number halved or doubled, one stage more or less, or one switch turned; also in its groups."""
     for key in sorted(row):
         value = row[key]
         if isinstance(value, dict):
             steps: list[Any] = list(neighbours(value))
+        elif isinstance(value, bool):
+            steps = [not value]
         else:
             near = (value - 1, value + 1) if "stages" in key.lower() else (value // 2, value * 2)
             steps = [number for number in near if 0 < number <= MOST.get(key, number)]

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -136,10 +137,18 @@ def test_where_float64_does_not_fit(bench: Callable[..., Any]) -> None:
     status, records = bench(a_case(ours, 16))
     assert status == 1 and "OutOfMemory" in records[1]["failed"]
     assert bench(a_case(ours, 16, check=a_case(ours, 4)))[1][3]["checked_at"] == [{"N": 4}]
-    large, small = a_case(ours, 16), [a_case(ours, 3), a_case(ours, 5)]
-    cpu = kernels.Bench(CPU, RATES, 0.001, peers=False)
-    found, shapes = kernels.check_where_it_fits(large, small, cpu)
-    assert shapes == [{"N": 3}, {"N": 5}] and isinstance(found["reference"], gate.Errors)
+    rough, exact = {"peer": lambda x: 2.1 * x}, {"peer": lambda x: 2 * x, "only here": lambda x: 2 * x}
+    small = [a_case(ours, 3, peers=rough), a_case(ours, 5, peers=exact), replace(a_case(ours, 4), operation="other")]
+    found, shapes = kernels.check_where_it_fits(a_case(ours, 16), small, kernels.Bench(CPU, RATES, 0.001, peers=True))
+    assert shapes == [{"N": 3}, {"N": 5}] and found.keys() == {"reference", "peer", "only here"}
+    assert isinstance(found["peer"], gate.Errors) and not found["peer"].as_good
+    assert isinstance(found["reference"], gate.Errors) and found["reference"].as_good
+
+
+def test_a_peer_without_a_check_is_timed_and_says_so(bench: Callable[..., Any]) -> None:
+    case = a_case(peers={"peer": lambda x: 2 * x}, check=a_case(size=4))
+    status, (_, *records) = bench(case, peers=True)
+    assert status == 0 and [record["error"] for record in records] == [0] * 3 + [None] * 3
 
 
 def test_inputs_are_fresh_where_they_are_changed_in_place(bench: Callable[..., Any]) -> None:

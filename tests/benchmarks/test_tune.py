@@ -37,16 +37,18 @@ tune.main(tune.Config(op="swiglu", dry_run=True, jobs=1))
 
 
 def test_neighbours_differ_in_one_number() -> None:
-    row = {"BLOCK": 64, "num_warps": 16, "num_stages": 1, "STAGES": 5, "rows": {"PIVOTS": 1}}
+    row = {"BLOCK": 64, "TMA": True, "num_warps": 16, "num_stages": 1, "STAGES": 5, "rows": {"PIVOTS": 1}}
     found = list(tune.neighbours(row))
     expected = [
         {"BLOCK": 32},
         {"BLOCK": 128},
+        {"TMA": False},
         {"num_warps": 8},
         {"num_stages": 2},
         {"STAGES": 4},
         {"rows": {"PIVOTS": 2}},
     ]
+    assert all(isinstance(one["TMA"], bool) for one in found)
     assert len(found) == len(expected) and all({**row, **one} in found for one in expected)
 
 
