@@ -36,7 +36,8 @@ def cases(small: bool) -> Iterator[Case]:
         yield from (_case(shape, _torch_peers(shape)) for shape in SMALL)
         return
     for shape in SHAPES:
-        yield _case(shape, _torch_peers(shape) | _libraries(shape[3]), check=_case((CHECKED, *shape[1:]), {}))
+        libraries = _libraries(shape[3])
+        yield _case(shape, _torch_peers(shape) | libraries, check=_case((CHECKED, *shape[1:]), libraries))
 
 
 def _case(shape: Shape, peers: dict[str, Callable[..., Tensor]], check: Case | None = None) -> Case:
