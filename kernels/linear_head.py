@@ -85,6 +85,14 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> No
         torch.mm(left, right, out=out, **wider)
 
 
+@torch.no_grad()
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [T, V] of all of `hidden` [T, H], never rounded to 16 bits. For a few rows; no gradient."""
+    out = hidden.new_empty((len(hidden), len(weight)), dtype=wide(hidden))
+    _multiply(hidden, weight.T, out)
+    return out
+
+
 def wide(hidden: Tensor) -> torch.dtype:
     """The dtype of logits, log-probs and sums over tokens."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -96,4 +96,6 @@ class Pages:
         return paged_attention(q, self.keys[layer], self.values[layer], table, (positions + 1).int(), window)
 
     def move(self, source: int, target: int) -> None:
-        self.table[[source, target]] = self.table[[target, source]]
+        freed = self.table[target].clone()
+        self.table[target] = self.table[source]
+        self.table[source] = freed

@@ -221,7 +221,9 @@ class Engine:
     def _prefill(self, joining: list[_Row], first_row: int, cache: Cache) -> Tensor:
         packed = pack([row.request.prompt for row in joining], self.model.device)
         slots = torch.arange(first_row, first_row + len(joining), device=self.model.device)
-        hidden = self.model(_Prefill(packed, cache, slots.repeat_interleave(packed.cu_seqlens.diff())))
+        # Told its length, a GPU need not be waited for.
+        rows = slots.repeat_interleave(packed.cu_seqlens.diff(), output_size=len(packed.tokens))
+        hidden = self.model(_Prefill(packed, cache, rows))
         return hidden[packed.last]
 
     def _decode(self, running: list[_Row], cache: Cache) -> Tensor:

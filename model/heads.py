@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bylaw.model.packing import Packed
@@ -18,7 +19,8 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(trunk.config.hidden_size, 1, bias=False)
 
     def forward(self, packed: Packed) -> Tensor:
-        return self.score(self.trunk(packed)).squeeze(-1).float()
+        # In float32 whatever the trunk: a score rounded to bfloat16 keeps 8 bits.
+        return F.linear(self.trunk(packed).float(), self.score.weight.float()).squeeze(-1)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from bylaw.kernels.linear_head import head_logits
 from bylaw.kernels.rms_norm import add_rms_norm, rms_norm
 from bylaw.kernels.swiglu import swiglu
 from bylaw.model.config import ModelConfig
@@ -123,7 +124,13 @@ class Transformer(nn.Module):
         return self.norm.add(hidden, delta)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] in float32 of `hidden` [T, H]; for a few rows at a time."""
+        """Logits [T, V] in float32 of `hidden` [T, H]; for a few rows at a time.
+
+        Without gradient they are not rounded to 16 bits on the way, as they are not in the losses: a sampler must draw
+        from what is trained.
+        """
+        if hidden.element_size() == 2 and not torch.is_grad_enabled():
+            return head_logits(hidden, self.head_weight)
         return torch.nn.functional.linear(hidden, self.head_weight).float()
 
 

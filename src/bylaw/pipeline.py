@@ -43,6 +43,8 @@ def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, di
     run = Run(recipe)
     check_run(run, stages)
     write_atomic(recipe.out / "recipe.toml", dump_recipe(recipe))
+    if torch.device(run.device).index is not None:  # kernels are launched on the current device, whatever their tensors
+        torch.cuda.set_device(run.device)
     return {name: _RUNNERS[name](run) for name in stages}
 
 

@@ -67,3 +67,28 @@ def test_gradients_reach_trunk_and_head() -> None:
     model(pack(TEXTS)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def narrowed(model: torch.nn.Module) -> None:
+    """Parameters to bfloat16; the rotary frequencies stay."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+
+
+def test_scores_of_a_16_bit_trunk_are_not_rounded() -> None:
+    model, packed = scalar_model(policy(), 0), pack(TEXTS)
+    exact = model(packed)
+    narrowed(model.trunk)
+    scores = model(packed)
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+    torch.testing.assert_close(scores, exact, atol=0.1, rtol=0.1)
+
+
+def test_sampled_logits_of_a_16_bit_model_are_not_rounded() -> None:
+    model = policy()
+    narrowed(model)
+    with torch.no_grad():
+        hidden = model(pack(TEXTS))
+        logits = model.logits(hidden)
+    assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ model.head_weight.float().T, atol=1e-5, rtol=1e-5)

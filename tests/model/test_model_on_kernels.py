@@ -33,14 +33,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """on("triton") makes every operation take its kernel, on("reference") plain torch."""
+    """on("triton") makes every operation on the model's device take its kernel, on("reference") plain torch."""
 
     def choose(backend: str) -> None:
+        def chosen(operation: str, asked: str, tensor: Tensor, library: bool = False) -> str:
+            return backend if tensor.device.type == DEVICE else "reference"
+
         names = [f"bylaw.kernels.{path.stem}" for path in (Path(__file__).parents[2] / "kernels").glob("*.py")]
         for name in {*names, "bylaw.model.cache"} - {"bylaw.kernels.backend"}:
             module = importlib.import_module(name)
             if hasattr(module, "choose"):
-                monkeypatch.setattr(module, "choose", lambda *args, **kwargs: backend)
+                monkeypatch.setattr(module, "choose", chosen)
 
     return choose
 
