@@ -61,14 +61,15 @@ def call(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
 @cache
 def load(candidate: Library) -> Call | str:
     """A library's attention, or why there is none: the rest of a sentence that begins with its name."""
+    faults = []
     for name in candidate.modules:
         try:
-            function = getattr(importlib.import_module(name), candidate.function, None)
-        except Exception:  # not installed; or broken, as one that was built for another torch is
+            return candidate.adapt(getattr(importlib.import_module(name), candidate.function))
+        except ModuleNotFoundError:
             continue
-        if function is not None:
-            return candidate.adapt(function)
-    return "cannot be imported"
+        except Exception as error:  # there but broken, in whatever way: built for another torch, without its function
+            faults.append(f"{name}: {' '.join(str(error).split())}")
+    return f"cannot be imported ({'; '.join(faults)})" if faults else "is not installed"
 
 
 def _flash(function: Function, unbounded: int | None) -> Call | str:

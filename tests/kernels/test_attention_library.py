@@ -97,11 +97,27 @@ def test_the_best_that_serves_the_device_is_taken(install: Any, major: int, head
 def test_the_reasons(install: Any) -> None:
     install(10, VARLEN)
     assert library(GPU, torch.float16, 128)[1] == (
-        "flash-attn 4 cannot be imported; flash-attn 3 serves heads of a multiple of 8 to 192 on Hopper; flash-attn 2 "
+        "flash-attn 4 is not installed; flash-attn 3 serves heads of a multiple of 8 to 192 on Hopper; flash-attn 2 "
         "serves heads to 256 on Ampere, Ada and Hopper; torch.nn.attention.varlen is there and serves both passes"
     )
     assert library(torch.device("cpu"), torch.float16, 128) == (None, "libraries run on CUDA devices only")
     assert library(GPU, torch.float32, 128) == (None, "no library takes torch.float32")
+
+
+def test_a_broken_library_says_what_is_wrong(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was built for another torch fails with anything while it loads."""
+    install(8, VARLEN)
+    import_module = attention_library.importlib.import_module
+
+    def broken(name: str) -> ModuleType:
+        if name == FLASH_2:
+            raise ImportError("undefined symbol:\n _ZN3c10")
+        return import_module(name)
+
+    monkeypatch.setattr(attention_library.importlib, "import_module", broken)
+    found, why = library(GPU, torch.float16, 128)
+    assert found is not None and found.name == VARLEN
+    assert "flash-attn 2 cannot be imported (flash_attn: undefined symbol: _ZN3c10)" in why
 
 
 def test_none_on_amd(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
