@@ -1,7 +1,8 @@
 """The engine's keys and values, a row per request: dense slabs for plain torch, pages for the kernels.
 
 Rows 0 to n - 1 are in use, so that a step reads one block. `write` rotates queries and keys by their positions and
-keeps the keys and values; `attend` is one step of decoding over what is kept.
+keeps the keys and values at their places, looked up once for all layers; `attend` is one step of decoding over what is
+kept.
 """
 
 from typing import Protocol
@@ -24,14 +25,18 @@ class Cache(Protocol):
 
     rows: int
 
-    def write(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, rows: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate `q` [T, N_q, D] and `k` [T, N_kv, D], keep k and `v` at `positions` of `rows` [T]; returns (q, k)."""
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Where tokens at `positions` [T] of `rows` [T] are kept, in the cache's own terms."""
         ...
 
-    def attend(self, layer: int, q: Tensor, positions: Tensor, longest: int, window: int) -> Tensor:
-        """Query n of `q` [n, N_q, D] over row n up to `positions[n]`, of which none is past `longest`; [n, N_q, D]."""
+    def write(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, places: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate `q` [T, N_q, D] and `k` [T, N_kv, D], keep k and `v` at `places`; returns (q, k)."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, lengths: Tensor, longest: int, window: int) -> Tensor:
+        """Query n of `q` [n, N_q, D] over the first `lengths[n]` (int32) tokens of row n, at most `longest`."""
         ...
 
     def move(self, source: int, target: int) -> None:
@@ -55,17 +60,21 @@ class Slabs:
         self.keys = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.values = torch.zeros_like(self.keys)
 
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        return torch.stack((rows, positions))
+
     def write(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, rows: Tensor, positions: Tensor
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, places: Tensor
     ) -> tuple[Tensor, Tensor]:
         q, k = rope(q, k, *rotary)
+        rows, positions = places
         self.keys[layer, rows, :, positions] = k
         self.values[layer, rows, :, positions] = v
         return q, k
 
-    def attend(self, layer: int, q: Tensor, positions: Tensor, longest: int, window: int) -> Tensor:
+    def attend(self, layer: int, q: Tensor, lengths: Tensor, longest: int, window: int) -> Tensor:
         keys, values = (x[layer, : len(q), :, :longest] for x in (self.keys, self.values))
-        return decode_attention(q, keys, values, positions + 1, window)
+        return decode_attention(q, keys, values, lengths, window)
 
     def move(self, source: int, target: int) -> None:
         self.keys[:, target] = self.keys[:, source]
@@ -84,16 +93,18 @@ class Pages:
         self.values = torch.zeros_like(self.keys)
         self.table = torch.arange(rows * pages, device=weight.device, dtype=torch.int32).view(rows, pages)
 
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        return self.table[rows, positions // PAGE].long() * PAGE + positions % PAGE
+
     def write(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, rows: Tensor, positions: Tensor
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, places: Tensor
     ) -> tuple[Tensor, Tensor]:
-        slots = self.table[rows, positions // PAGE].long() * PAGE + positions % PAGE
-        kv_write(q, k, v, *rotary, self.keys[layer], self.values[layer], slots)
+        kv_write(q, k, v, *rotary, self.keys[layer], self.values[layer], places)
         return q, k
 
-    def attend(self, layer: int, q: Tensor, positions: Tensor, longest: int, window: int) -> Tensor:
+    def attend(self, layer: int, q: Tensor, lengths: Tensor, longest: int, window: int) -> Tensor:
         table = self.table[: len(q), : -(-longest // PAGE)]
-        return paged_attention(q, self.keys[layer], self.values[layer], table, (positions + 1).int(), window)
+        return paged_attention(q, self.keys[layer], self.values[layer], table, lengths, window)
 
     def move(self, source: int, target: int) -> None:
         freed = self.table[target].clone()

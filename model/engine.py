@@ -73,7 +73,7 @@ class _Prefill:
 
     packed: Packed
     cache: Cache
-    rows: Tensor  # [T], the cache row of each token
+    places: Tensor  # of each token in the cache
 
     @property
     def tokens(self) -> Tensor:
@@ -84,7 +84,7 @@ class _Prefill:
         return self.packed.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int) -> Tensor:
-        q, k = self.cache.write(layer, q, k, v, rotary, self.rows, self.positions)
+        q, k = self.cache.write(layer, q, k, v, rotary, self.places)
         return attention(q, k, v, self.packed.layout, window)
 
 
@@ -94,13 +94,14 @@ class _Step:
 
     tokens: Tensor  # [n]
     positions: Tensor  # [n]
-    rows: Tensor  # [n]: 0 to n - 1
     cache: Cache
+    places: Tensor  # of each token in the cache
+    lengths: Tensor  # [n] int32: what each row has with it
     longest: int
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int) -> Tensor:
-        q, _ = self.cache.write(layer, q, k, v, rotary, self.rows, self.positions)
-        return self.cache.attend(layer, q, self.positions, self.longest, window)
+        q, _ = self.cache.write(layer, q, k, v, rotary, self.places)
+        return self.cache.attend(layer, q, self.lengths, self.longest, window)
 
 
 class Engine:
@@ -223,15 +224,16 @@ class Engine:
         slots = torch.arange(first_row, first_row + len(joining), device=self.model.device)
         # Told its length, a GPU need not be waited for.
         rows = slots.repeat_interleave(packed.cu_seqlens.diff(), output_size=len(packed.tokens))
-        hidden = self.model(_Prefill(packed, cache, rows))
+        hidden = self.model(_Prefill(packed, cache, cache.places(rows, packed.positions)))
         return hidden[packed.last]
 
     def _decode(self, running: list[_Row], cache: Cache) -> Tensor:
         device = self.model.device
         tokens = torch.tensor([row.ids[-1] for row in running], device=device)
-        places = [len(row.request.prompt) + len(row.ids) - 1 for row in running]
-        rows = torch.arange(len(running), device=device)
-        return self.model(_Step(tokens, torch.tensor(places, device=device), rows, cache, max(places) + 1))
+        newest = [len(row.request.prompt) + len(row.ids) - 1 for row in running]
+        positions = torch.tensor(newest, device=device)
+        places = cache.places(torch.arange(len(running), device=device), positions)
+        return self.model(_Step(tokens, positions, cache, places, (positions + 1).int(), max(newest) + 1))
 
     def _draw(self, running: list[_Row], hidden: Tensor) -> None:
         asked = [row.request for row in running]
