@@ -34,14 +34,7 @@ from bylaw.kernels.linear_head import (
     wide,
 )
 from bylaw.kernels.policy_loss import Clip, clip_bounds, clipped_policy, kl_k3, kl_k3_terms, policy_terms
-from bylaw.kernels.softmax import (
-    IGNORE,
-    add_logits,
-    bounded_temperature,
-    exponent_scale,
-    finish,
-    logit_gradient,
-)
+from bylaw.kernels.softmax import IGNORE, LEAST, LN_2, add_logits, bounded_temperature, exponent_scale, finish
 
 
 class TokenLoss(NamedTuple):
@@ -235,14 +228,17 @@ def _rows_kernel(
     if gradient is not None:
         gradient += row * gradient_stride
         by_logprob /= temperature
-        at_entropy = None if entropy_weights is None else by_entropy / temperature
+        by_entropy /= temperature
         share = 1 / total
         for start in range(0, SIZE, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             exponent = (_load(logits, columns, SIZE, row_stride) - top) * scale
-            value = logit_gradient(
-                tl.exp2(exponent) * share, exponent, log_total, entropy, columns == target, by_logprob, at_entropy
-            )
+            probability = tl.exp2(exponent) * share
+            slope = by_logprob
+            if entropy_weights is not None:
+                slope += by_entropy * (tl.maximum(exponent, LEAST) * LN_2 - log_total + entropy)
+            # The target's part is taken in before rounding: 1 - p of a likely target would lose its digits after.
+            value = tl.where(columns == target, by_logprob, 0.0) - probability * slope
             # A 16-bit block of the gradient covers half of the logits that it stands for, or of earlier ones; of this
             # block every thread must have read its own before any thread writes.
             tl.debug_barrier()

@@ -14,7 +14,7 @@ from torch import Tensor
 from bylaw.kernels import softmax
 from bylaw.kernels.backend import choose
 from bylaw.kernels.launch import accumulator, config, start
-from bylaw.kernels.softmax import IGNORED, add_logits, exponent_scale, finish, logit_gradient
+from bylaw.kernels.softmax import IGNORED, LEAST, LN_2, add_logits, exponent_scale, finish
 
 
 def logprob_entropy(
@@ -116,13 +116,15 @@ def _backward_kernel(
     inside = columns < SIZE
     temperature = tl.full((), temperature, ACC)
     target = tl.load(targets + row)
-    total, entropy = tl.load(totals + row), tl.load(entropies + row)
+    total = tl.load(totals + row)
     by_logprob = tl.where(target == IGNORED, 0.0, tl.load(grad_logprobs + row)) / temperature
     by_entropy = tl.load(grad_entropies + row) / temperature
     z = tl.load(logits + row * row_stride + columns, inside, other=float("-inf")).to(ACC)
     exponent = (z - tl.load(tops + row)) * exponent_scale(temperature)
     probability = tl.exp2(exponent) / total
-    grad = logit_gradient(probability, exponent, tl.log(total), entropy, columns == target, by_logprob, by_entropy)
+    surprise = tl.log(total) - tl.maximum(exponent, LEAST) * LN_2
+    grad = by_logprob * (tl.where(columns == target, 1.0, 0.0) - probability)
+    grad += by_entropy * probability * (surprise - tl.load(entropies + row))
     tl.store(grad_logits + row * grad_row_stride + columns, grad.to(grad_logits.dtype.element_ty), inside)
 
 

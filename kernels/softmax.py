@@ -104,21 +104,6 @@ def finish(total, weighted):
 
 
 @triton.jit
-def logit_gradient(probability, exponent, log_total, entropy, is_target, by_logprob, by_entropy):
-    """What flows to logits with `exponent` = (z - top) scale from the target's log-prob and, if not None, the entropy:
-
-        by_logprob (delta - p) - by_entropy p (log p + entropy),    where both come divided by the temperature already
-
-    1 - p of a likely target is formed before anything is rounded, or its digits would be lost.
-    """
-    grad = by_logprob * (tl.where(is_target, 1.0, 0.0) - probability)
-    if by_entropy is not None:
-        surprise = log_total - tl.maximum(exponent, LEAST) * LN_2
-        grad += by_entropy * probability * (surprise - entropy)
-    return grad
-
-
-@triton.jit
 def _finite(top):
     return tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf would be NaN
 
