@@ -12,6 +12,7 @@ PACKAGES = [
     "bylaw.constitution",
     "bylaw.kernels",
     "bylaw.model",
+    "bylaw.model.engine",
     "bylaw.rlaif",
     "bylaw.sl_cai",
 ]

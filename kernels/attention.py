@@ -16,7 +16,7 @@ from bylaw.kernels import attention_library, flash
 from bylaw.kernels.backend import choose
 from bylaw.kernels.layout import Bucket, Layout, make_buckets, plan
 
-__all__ = ["Layout", "attention", "decode_attention", "plan", "reference"]
+__all__ = ["Layout", "attention", "decode_attention", "plan", "reference", "to_dense"]
 LARGEST_HEAD = 256  # of our kernels
 
 
@@ -58,13 +58,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int = 0) 
     """`attention` in plain torch. A layout planned for a GPU has no buckets: they are made at each call, for checks."""
     out = torch.zeros_like(q)
     for bucket in layout.buckets or make_buckets(layout.lengths, q.device):
-        mixed = _dense_attention(_to_dense(q, bucket), _to_dense(k, bucket), _to_dense(v, bucket), window)
+        mixed = _dense_attention(to_dense(q, bucket), to_dense(k, bucket), to_dense(v, bucket), window)
         flat = mixed.reshape(bucket.rows * bucket.length, *q.shape[1:])
         out = out.index_copy(0, bucket.stream, flat.index_select(0, bucket.dense))
     return out
 
 
-def _to_dense(x: Tensor, bucket: Bucket) -> Tensor:
+def to_dense(x: Tensor, bucket: Bucket) -> Tensor:
+    """The sequences of a bucket out of a packed `x` [T, N, D]: [rows, length, N, D], zeros behind each."""
     # index_copy into zeros rather than a padded gather: its backward is a plain gather, not a scatter with collisions.
     flat = x.new_zeros(bucket.rows * bucket.length, *x.shape[1:])
     flat = flat.index_copy(0, bucket.dense, x.index_select(0, bucket.stream))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bylaw.kernels.upload import upload
+
 # A tile is this many consecutive tokens of one sequence. The kernels' blocks divide it, so that one table serves all.
 TILE = 128
 # Sequences share a dense call while the longest is at most this much longer than the shortest ...
@@ -51,8 +53,8 @@ def plan(cu_seqlens: Tensor, device: torch.device | str | None = None) -> Layout
         lengths=lengths,
         tokens=starts[-1],
         max_seqlen=max(lengths, default=0),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32).to(device),
-        tiles=_tiles(torch.tensor(lengths, dtype=torch.int64)).to(device),
+        cu_seqlens=upload(torch.tensor(starts, dtype=torch.int32), device),
+        tiles=upload(_tiles(torch.tensor(lengths, dtype=torch.int64)), device),
         buckets=() if device.type in ("cuda", "meta") else make_buckets(lengths, device),
     )
 

@@ -67,9 +67,8 @@ def reference(
     if cut.any():  # only these rows are sorted; the others keep the bits they have in a batch without limits
         scaled[cut] = _truncate(scaled[cut], logits[cut], top_k[cut], top_p[cut], min_p[cut])
     logprobs = torch.log_softmax(scaled, dim=-1)
-    tokens = _inverse_cdf(logprobs, uniforms)
-    if greedy.any():
-        tokens = torch.where(greedy, logits.argmax(dim=-1), tokens)
+    likeliest = logits.argmax(dim=-1)
+    tokens = likeliest if greedy.all() else torch.where(greedy, likeliest, _inverse_cdf(logprobs, uniforms))
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 

@@ -34,7 +34,14 @@ from bylaw.kernels.tiles import load_rows
 
 # Whether `_step` may load all its keys. (A type checker would refuse a bool for a constexpr.)
 ALL, SOME = tl.constexpr(True), tl.constexpr(False)
-__all__ = ["merge_attention", "prefix_attention", "reference", "reference_prefix", "shared_prefix_attention"]
+__all__ = [
+    "merge_attention",
+    "prefix_attention",
+    "reference",
+    "reference_prefix",
+    "shared_prefix_attention",
+    "suffix_attention",
+]
 
 
 def shared_prefix_attention(
@@ -104,6 +111,21 @@ def prefix_attention(
     if choose("prefix_attention", backend, q) == "reference":
         return reference_prefix(q, prefix_k, prefix_v, places, window)
     return _prefix(q, prefix_k, prefix_v, places, window, split_tokens)
+
+
+def suffix_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int = 0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """What `shared_prefix_attention` merges with its prefix: causal attention within each packed sequence.
+
+    Returns out [T, Nq, D] and the log-sum-exp [Nq, T], to be merged with several prefixes. Errors and arguments as
+    there.
+    """
+    _check(q, k, v, window)
+    inference_only("shared_prefix_attention", q, k, v)
+    if choose("shared_prefix_attention", backend, q) == "reference":
+        return _reference_suffix(q, k, v, layout, window)
+    return flash.forward(q, k, v, layout, window)
 
 
 def reference(

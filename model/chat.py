@@ -1,9 +1,9 @@
 """Dialogues as message lists, and the chat templates that turn them into text."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -11,8 +11,11 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+"""Turns with `role` and `content`. Where token ids are asked for, an assistant turn may also bring its own: `ids`."""
 Span = tuple[int, int]
+# What stands in a rendering for a turn that is given as ids: a character from the last private-use plane.
+_FIRST_STAND_IN, _LAST_STAND_IN = 0x100000, 0x10FFFD
 
 # The dialogue form of base models and of hh-rlhf. The generation prompt ends at the colon, without the space, because
 # tokenizers put that space into the answer's first word. `{% generation %}` marks what training learns.
@@ -71,7 +74,7 @@ def check_messages(messages: Messages, where: str, last: str = "user") -> None:
         raise ValueError(f"{where}: the last message has the role {roles[-1]!r}; here it must be {last or 'user'!r}")
 
 
-def _check_message(message: Mapping[str, str], where: str) -> None:
+def _check_message(message: Mapping[str, Any], where: str) -> None:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         shown = sorted(map(str, message)) if isinstance(message, Mapping) else message
         raise ValueError(f"{where}: {shown!r:.80}; allowed: an object with the keys role and content, and no others")
@@ -114,9 +117,12 @@ class ChatTemplate:
             raise ValueError(f"{self.source}: the chat template fails on a dialogue of {roles}: {error}") from error
 
 
-def assistant_spans(template: ChatTemplate, messages: Messages, text: str) -> list[Span | None]:
+def assistant_spans(
+    template: ChatTemplate, messages: Messages, text: str, skip: Collection[str] = ()
+) -> list[Span | None]:
     """Where each assistant turn of `messages` stands in their rendering `text`: from the end of the prompt for it to
-    the end of the turn, whatever the template writes there (end-of-turn token, newline) included.
+    the end of the turn, whatever the template writes there (end-of-turn token, newline) included. Turns whose content
+    is in `skip` are left out.
 
     None for a turn whose prompt, or whose own rendering, is not how `text` begins: the template writes it otherwise
     once the dialogue goes on (reasoning models strip old thoughts), so text sampled in its place never looks so.
@@ -124,7 +130,7 @@ def assistant_spans(template: ChatTemplate, messages: Messages, text: str) -> li
     spans: list[Span | None] = []
     end = 0
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message["content"] in skip:
             continue
         prompt = template.render(messages[:index], generation=True)
         through = template.render(messages[: index + 1], generation=False)
@@ -132,6 +138,63 @@ def assistant_spans(template: ChatTemplate, messages: Messages, text: str) -> li
         spans.append((len(prompt), len(through)) if stable else None)
         end = len(through) if stable else end
     return spans
+
+
+class Place(NamedTuple):
+    """Where a turn given as ids stands in a rendering: the end of the prompt for it, the end of its stand-in, and what
+    the template closes it with ("" where that changes once the dialogue goes on).
+    """
+
+    start: int
+    end: int
+    closing: str
+
+
+def stand_in(messages: Messages) -> tuple[Messages, dict[str, list[int]]]:
+    """`messages` with a character that no content holds as the content of each turn that brings its `ids`, and the ids
+    that each character stands for.
+
+    Raises ValueError for ids in a turn that is not the assistant's: nobody sampled it.
+    """
+    spare = map(chr, range(_FIRST_STAND_IN, _LAST_STAND_IN + 1))
+    free = (char for char in spare if not any(char in message["content"] for message in messages))
+    shown: list[Mapping[str, Any]] = []
+    ids: dict[str, list[int]] = {}
+    for number, message in enumerate(messages, 1):
+        if "ids" in message:
+            if message["role"] != "assistant":
+                raise ValueError(f"message {number} has the role {message['role']!r} and ids; allowed: assistant")
+            char = next(free)
+            ids[char] = list(message["ids"])
+            message = {"role": "assistant", "content": char}
+        shown.append(message)
+    return shown, ids
+
+
+def sampled_places(template: ChatTemplate, messages: Messages, text: str, stand_ins: Collection[str]) -> list[Place]:
+    """The place of each turn of `messages` whose content is in `stand_ins`, in their rendering `text`.
+
+    The template never sees a sampled turn's words, so what it would cut from them (the old thoughts of a reasoning
+    model) stays. Raises ValueError for a template that, once the dialogue goes on, does not write a turn right after
+    the prompt that it was sampled from: its ids then have no place.
+    """
+    places: list[Place] = []
+    for index, message in enumerate(messages):
+        char = message["content"]
+        if char not in stand_ins:
+            continue
+        prompt = template.render(messages[:index], generation=True)
+        # Spaces may come between: a tokenizer has them in the first token of the answer.
+        before, found, after = text.removeprefix(prompt).partition(char)
+        if not text.startswith(prompt) or not found or before.strip() or char in after:
+            raise ValueError(
+                f"{template.source}: the chat template is not prefix-stable: once the dialogue goes on, it does not "
+                f"write message {index + 1} right after the prompt for it, so that the ids sampled there have no place "
+                "in it; use a template that does"
+            )
+        ended = template.render(messages[: index + 1], generation=False).rpartition(char)[2]
+        places.append(Place(len(prompt), len(text) - len(after), ended if after.startswith(ended) else ""))
+    return places
 
 
 def open_turn(template: ChatTemplate, messages: Messages, prompt: str, prefix: str) -> str:

@@ -24,6 +24,10 @@ class Packed:
         return attention(*rope(q, k, *rotary), v, self.layout, window)
 
     @property
+    def wanted(self) -> None:
+        """All hidden states."""
+
+    @property
     def last(self) -> Tensor:
         """Places [B] of each sequence's last token in the stream."""
         return self.cu_seqlens[1:] - 1

@@ -1,16 +1,17 @@
 """Turns of dialogue drawn from a model, and the form in which they are recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bylaw.kernels.philox import request_id
 from bylaw.model.data import Prompt
-from bylaw.model.engine import Completion, Engine, Request
+from bylaw.model.engine import Completion, Engine, Request, Script
 from bylaw.model.settings import SamplingSettings
 from bylaw.model.tokenizer import Tokenizer
 
-Dialogue = Sequence[dict[str, str]]
+Turn = dict[str, Any]
+Dialogue = Sequence[Turn]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,29 +25,40 @@ class Sampler:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.engine.tokenizer
+        return tokenizer_of(self.engine)
+
+    def request(self, dialogue: Dialogue, key: tuple[str | int, ...], limit: int) -> Request:
+        """One turn of at most `limit` tokens after `dialogue`, by the settings. `key` names the draw."""
+        tokenizer, settings = self.tokenizer, self.settings
+        return Request(
+            prompt=tokenizer.prompt_ids(dialogue),
+            max_tokens=limit,
+            seed=self.seed,
+            request=request_id(*key),
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            stop_ids=tokenizer.stop_ids,
+            stop_strings=tokenizer.stop_strings,
+        )
 
     def turns(
-        self, dialogues: Sequence[Dialogue], keys: Sequence[tuple[str | int, ...]], limit: int
+        self,
+        dialogues: Sequence[Dialogue],
+        keys: Sequence[tuple[str | int, ...]],
+        limit: int,
+        on_token: Callable[[int, list[int]], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Continue each dialogue by one turn of at most `limit` tokens, as text records. `keys` name the draws."""
-        tokenizer, settings = self.tokenizer, self.settings
-        requests = [
-            Request(
-                prompt=tokenizer.prompt_ids(dialogue),
-                max_tokens=limit,
-                seed=self.seed,
-                request=request_id(*key),
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                stop_ids=tokenizer.stop_ids,
-                stop_strings=tokenizer.stop_strings,
-            )
-            for dialogue, key in zip(dialogues, keys, strict=True)
-        ]
-        return [text_record(completion, tokenizer) for completion in self.engine.generate(requests)]
+        """Continue each dialogue by one turn, as `request` does, as text records. `on_token` as in Engine.generate."""
+        requests = [self.request(dialogue, key, limit) for dialogue, key in zip(dialogues, keys, strict=True)]
+        completions = self.engine.generate(requests, on_token=on_token)
+        return [text_record(completion, self.tokenizer) for completion in completions]
+
+    def say(self, dialogue: Dialogue, key: tuple[str | int, ...], limit: int) -> Script[dict[str, Any]]:
+        """The same for one dialogue, within a script: `answer = yield from sampler.say(...)`."""
+        completion = yield self.request(dialogue, key, limit)
+        return text_record(completion, self.tokenizer)
 
     def provenance(self) -> dict[str, Any]:
         """What a record needs for its text to be drawn again: seed, settings, and the hashes of model and tokenizer."""
@@ -67,6 +79,13 @@ class Sampler:
                 )
 
 
+def tokenizer_of(engine: Engine) -> Tokenizer:
+    """The engine's tokenizer. Raises ValueError for an engine without: it can speak in token ids only."""
+    if engine.tokenizer is None:
+        raise ValueError("this engine has no tokenizer to read dialogues with; give it one: Engine(model, tokenizer)")
+    return engine.tokenizer
+
+
 def text_record(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     """A sampled text as it is kept: words, end, and the very token ids, as training tokenises nothing again."""
     return {"text": tokenizer.decode(completion.ids).strip(), "ids": completion.ids, "finish": completion.finish}
@@ -80,6 +99,11 @@ def answer_ids(sampled: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def turn(role: str, content: str) -> dict[str, str]:
+def said(sampled: dict[str, Any]) -> Turn:
+    """A sampled text as a turn of the dialogue: with its very ids, which no tokenizer reads again."""
+    return turn("assistant", sampled["text"]) | {"ids": sampled["ids"]}
+
+
+def turn(role: str, content: str) -> Turn:
     """One message of a dialogue."""
     return {"role": role, "content": content}

@@ -1,5 +1,6 @@
 """Settings that several stages share. Plain dataclasses without torch, so that `bylaw --help` is quick."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,8 @@ class SamplingSettings:
     """Keep tokens at least this fraction as likely as the likeliest; 0 keeps all."""
     max_rows: int = 64
     """Sequences decoded together. Results do not depend on it."""
+    cache_gib: float = 0.0
+    """Memory for keys and values in GiB; 0 chooses: 2 on a CPU, half of the free memory on a GPU."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
@@ -25,6 +28,7 @@ class SamplingSettings:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (keep all) to 1")
         require(self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+        require_cache(self.cache_gib)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,11 @@ class OptimSettings:
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
         require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "1 or more")
         require(self.save_every >= 1, "save_every", self.save_every, "1 or more")
+
+
+def require_cache(gib: float) -> None:
+    """Raise ValueError for a budget of keys and values that is negative, infinite or not a number."""
+    require(0 <= gib < math.inf, "cache_gib", gib, "0 (choose by the device) or more")
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -19,10 +19,21 @@ from bylaw.model.chat import (
     is_plain,
     open_turn,
     plain_template,
+    sampled_places,
+    stand_in,
 )
-from bylaw.model.records import decode_record, write_atomic
+from bylaw.model.records import write_atomic
+from bylaw.model.tokenizer_files import (
+    TOKEN_NAMES,
+    as_ids,
+    check_tokens,
+    plain_for,
+    read_backend,
+    read_json,
+    read_template,
+    special_tokens,
+)
 
-TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Stand-ins for special tokens spelled out in a message, from a private-use plane that no text carries.
 _FIRST_MARK = 0xF0000
 
@@ -63,16 +74,16 @@ class Tokenizer:
         for an eos token that is missing or unknown, and for a chat template that fails or tries to escape.
         """
         folder = Path(folder)
-        backend = _read_backend(folder / "tokenizer.json")
-        config = _read_json(folder / "tokenizer_config.json")
-        generation = _read_json(folder / "generation_config.json")
-        tokens = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
-        stops = _as_ids(generation.get("eos_token_id"), folder / "generation_config.json")
+        backend = read_backend(folder / "tokenizer.json")
+        config = read_json(folder / "tokenizer_config.json")
+        generation = read_json(folder / "generation_config.json")
+        tokens = special_tokens(read_json(folder / "special_tokens_map.json")) | special_tokens(config)
+        stops = as_ids(generation.get("eos_token_id"), folder / "generation_config.json")
         if "eos_token" not in tokens and stops and (eos := backend.id_to_token(stops[0])):
             tokens["eos_token"] = eos
-        _check_tokens(backend, tokens, folder / "tokenizer_config.json")
-        text, source = _read_template(folder, config)
-        return cls(backend, tokens, ChatTemplate(text or _plain_for(backend, tokens), source, tokens), generation)
+        check_tokens(backend, tokens, folder / "tokenizer_config.json")
+        text, source = read_template(folder, config)
+        return cls(backend, tokens, ChatTemplate(text or plain_for(backend, tokens), source, tokens), generation)
 
     @classmethod
     def from_parts(
@@ -93,7 +104,7 @@ class Tokenizer:
         unknown = getattr(backend.model, "unk_token", None)
         if isinstance(unknown, str) and backend.token_to_id(unknown) is not None:
             tokens["unk_token"] = unknown
-        _check_tokens(backend, tokens, "from_parts")
+        check_tokens(backend, tokens, "from_parts")
         template = ChatTemplate(chat_template or plain_template(bool(bos_token)), "chat_template", tokens)
         return cls(backend, tokens, template, {})
 
@@ -136,10 +147,16 @@ class Tokenizer:
         """The ids of a dialogue that ends with the user, and of the template's prompt for an answer.
 
         `prefix` begins the answer: it follows as the template would write it there, the turn left open.
+
+        An assistant turn that brings its sampled `ids` stands there with these: the result begins with the prompt that
+        it was sampled from and the ids, whatever its text would be tokenised to, so that their keys and values can be
+        used again. Only a last stop token that the template would not write there is left out. Raises ValueError for a
+        template that does not write such a turn right after its prompt.
         """
-        shielded, marks = self._shield(messages)
+        opened, sampled = stand_in(messages)
+        shielded, marks = self._shield(opened)
         text = self.template.render(shielded, generation=True)
-        ids, _ = self._encode_turns(text, assistant_spans(self.template, shielded, text), marks)
+        ids = self._splice(text, shielded, sampled, marks)
         if not prefix:
             return ids
         return self._extend(ids, open_turn(self.template, shielded, text, prefix), len(text), marks)
@@ -156,6 +173,11 @@ class Tokenizer:
         """
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("a training text must end with an assistant turn")
+        for number, message in enumerate(messages, 1):
+            if "ids" in message:
+                raise ValueError(
+                    f"message {number} brings ids, but a training text is read from its words; leave them out"
+                )
         shielded, marks = self._shield(messages)
         text = self.template.render(shielded, generation=False)
         ids, turns = self._encode_turns(text, assistant_spans(self.template, shielded, text), marks)
@@ -196,15 +218,14 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _encode_turns(
-        self, text: str, spans: Sequence[Span | None], marks: Mapping[str, str]
+        self, text: str, spans: Sequence[Span | None], marks: Mapping[str, str], done: int = 0
     ) -> tuple[list[int], list[Span | None]]:
         """The ids of a rendered dialogue, cut where assistant turns begin and end, and each turn's range of ids.
 
-        The cuts make a prompt's ids the same whatever follows it.
+        The cuts make a prompt's ids the same whatever follows it; there is one after the first `done` characters, too.
         """
-        ids: list[int] = []
+        ids = self.encode(text[:done]) if done else []
         turns: list[Span | None] = []
-        done = 0
         for span in spans:
             if span is None:
                 turns.append(None)
@@ -214,6 +235,42 @@ class Tokenizer:
             ids = self._extend(ids, text[:done], span[0], marks)
             turns.append((start, len(ids)))
         return self._extend(ids, text, done, marks), turns
+
+    def _splice(
+        self, text: str, messages: Messages, sampled: Mapping[str, list[int]], marks: Mapping[str, str]
+    ) -> list[int]:
+        """The ids of a rendered dialogue, where the ids of each sampled turn take the place of its stand-in."""
+        spans = [span for span in assistant_spans(self.template, messages, text, skip=sampled) if span]
+        places = sampled_places(self.template, messages, text, sampled)
+        starts, ends = [0, *(place.end for place in places)], [*(place.start for place in places), len(text)]
+        pieces = [self._encode_piece(text, *part, spans, marks) for part in zip(starts, ends, strict=True)]
+        ids = pieces[0]
+        for turn, place, following in zip(sampled.values(), places, pieces[1:], strict=True):
+            ids = ids + self._closed(turn, place.closing, following)
+        return ids
+
+    def _encode_piece(
+        self, text: str, start: int, end: int, spans: Sequence[Span], marks: Mapping[str, str]
+    ) -> list[int]:
+        """The ids of text[start:end], which begins the text or follows sampled ids; as in `_encode_inside`, a newline
+        in front stands for what is not there.
+        """
+        lead = "\n" if start else ""
+        shift = len(lead) - start
+        inside = [(first + shift, last + shift) for first, last in spans if start <= first and last <= end]
+        ids, _ = self._encode_turns(lead + text[start:end], inside, marks, done=len(lead))
+        return ids[len(self.encode(lead)) :] if lead else ids
+
+    def _closed(self, turn: list[int], closing: str, following: list[int]) -> list[int]:
+        """A sampled turn and the ids that follow it, which begin with what closes a turn. One that ended by a stop
+        token has closed itself, if it is the template's; another in its place is left out.
+        """
+        stop = turn[-1] if turn and turn[-1] in self.stop_ids else None
+        if stop is None:
+            return turn + following
+        if stop in self.encode(closing) and stop in following:
+            return turn + following[following.index(stop) + 1 :]
+        return turn[:-1] + following
 
     def _unstable(self, number: int) -> ValueError:
         return ValueError(
@@ -302,77 +359,5 @@ class Tokenizer:
             raise ValueError(f"{source}: the chat template does not write the assistant's turn")
         special = {self.backend.token_to_id(token) for token in self._special}
         ends = [id for id in self.encode(tail) if id in special][:1]
-        listed = _as_ids(self.generation.get("eos_token_id"), "generation_config.json")
+        listed = as_ids(self.generation.get("eos_token_id"), "generation_config.json")
         return tuple(dict.fromkeys([self.eos_id, *listed, *ends]))
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; bylaw reads tokenizer.json (Transformers writes it: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
-        )
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer that the tokenizers library reads: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; {} where the file is absent."""
-    if not path.is_file():
-        return {}
-    return decode_record(path.read_bytes(), str(path))
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens of a tokenizer_config.json, where each is a string, an object with `content`, or null."""
-    found = {name: config.get(name) for name in TOKEN_NAMES}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
-    return {name: text for name, text in texts.items() if text}
-
-
-def _check_tokens(backend: tokenizers.Tokenizer, tokens: Mapping[str, str], source: str | Path) -> None:
-    if "eos_token" not in tokens:
-        raise ValueError(f"{source}: no eos_token; a model cannot end its answers without one")
-    for name, token in tokens.items():
-        if not isinstance(token, str) or backend.token_to_id(token) is None:
-            raise ValueError(f"{source}: {name} = {token!r}; allowed: a token of the vocabulary")
-
-
-def _as_ids(value: Any, source: str | Path) -> list[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(id) is int and id >= 0 for id in ids):
-        raise ValueError(f"{source}: eos_token_id = {value!r}; allowed: a token id or a list of them")
-    return ids
-
-
-def _read_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """The chat template, "" where there is none, and its file. chat_template.jinja wins, as in Transformers."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return _read_jinja(path), str(path)
-    path = folder / "tokenizer_config.json"
-    value = config.get("chat_template") or ""
-    if isinstance(value, list):  # older folders: several, each with a name
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    if not isinstance(value, str):
-        raise ValueError(f"{path}: chat_template = {value!r:.60}; allowed: a text, or a list with one named default")
-    return value, str(path) if value else "the built-in plain chat template"
-
-
-def _read_jinja(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{path}: empty; write a chat template there, or delete the file for the plain one")
-    return text
-
-
-def _plain_for(backend: tokenizers.Tokenizer, tokens: Mapping[str, str]) -> str:
-    """The plain template, with bos in front if the tokenizer itself begins a text with it."""
-    begins = backend.encode("", add_special_tokens=True).tokens[:1]
-    return plain_template(bool(begins) and begins[0] == tokens.get("bos_token"))

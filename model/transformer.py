@@ -31,6 +31,11 @@ class Stream(Protocol):
     def tokens(self) -> Tensor: ...
     @property
     def positions(self) -> Tensor: ...
+    @property
+    def wanted(self) -> Tensor | None:
+        """Places whose hidden states are asked for, in order; None: all."""
+        ...
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int) -> Tensor: ...
 
 
@@ -71,9 +76,14 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias)
 
-    def forward(self, hidden: Tensor, delta: Tensor | None, rotary: Rotary, attend: Attend) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, delta: Tensor | None, rotary: Rotary, attend: Attend, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         normed, hidden = self.attn_norm.add(hidden, delta)
-        normed, hidden = self.mlp_norm.add(hidden, self.out(self._attention(normed, rotary, attend)))
+        mixed = self._attention(normed, rotary, attend)
+        if wanted is not None:  # in the last block, behind attention nobody reads the others
+            hidden, mixed = hidden[wanted], mixed[wanted]
+        normed, hidden = self.mlp_norm.add(hidden, self.out(mixed))
         return hidden, self.down(swiglu(self.gate_up(normed)))
 
     def _attention(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
@@ -88,7 +98,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`model(stream)` gives hidden states [T, H] after the final norm; `head_weight` [V, H] turns them into logits."""
+    """`model(stream)` gives hidden states [T, H] after the final norm, or only those that it wants; `head_weight`
+    [V, H] turns them into logits.
+    """
 
     inv_freq: Tensor
 
@@ -119,8 +131,9 @@ class Transformer(nn.Module):
     def forward(self, stream: Stream) -> Tensor:
         hidden, delta = self.embed(stream.tokens), None  # [T, H]
         rotary = rotary_table(stream.positions, self.inv_freq, self.attention_factor)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             hidden, delta = block(hidden, delta, rotary, stream.attend)
+        hidden, delta = self.blocks[-1](hidden, delta, rotary, stream.attend, stream.wanted)
         return self.norm.add(hidden, delta)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

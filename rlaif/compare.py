@@ -24,6 +24,7 @@ def compare(sampler: Sampler, prompts: Sequence[Prompt], path: Path, config: Com
 
 
 def _pairs(sampler: Sampler, jobs: Sequence[tuple[Prompt, int]], limit: int) -> list[Record]:
+    sampler.engine.forget()
     sides = [(prompt, n, side) for prompt, n in jobs for side in "ab"]
     keys = [("pair", prompt.id, n, side) for prompt, n, side in sides]
     answers = sampler.turns([prompt.messages for prompt, _, _ in sides], keys, limit)

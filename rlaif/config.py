@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bylaw.model.settings import OptimSettings, SamplingSettings, require
+from bylaw.model.settings import OptimSettings, SamplingSettings, require, require_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,13 @@ class LabelConfig:
     """Least probability on the two option letters together, in either order, below which a label abstains."""
     pairs_per_chunk: int = 64
     """Pairs judged together and written together; what a killed stage does again."""
+    cache_gib: float = 0.0
+    """Memory for keys and values in GiB; 0 chooses: 2 on a CPU, half of the free memory on a GPU."""
 
     def __post_init__(self) -> None:
         require(0 <= self.min_option_mass <= 1, "min_option_mass", self.min_option_mass, "from 0 to 1")
         require(self.pairs_per_chunk >= 1, "pairs_per_chunk", self.pairs_per_chunk, "1 or more")
+        require_cache(self.cache_gib)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class PPOConfig(OptimSettings):
     """Sampling temperature; every log-prob of the run is taken at it."""
     max_rows: int = 64
     """Sequences decoded together. Results do not depend on it."""
+    cache_gib: float = 0.0
+    """Memory for keys and values in GiB; 0 chooses: 2 on a CPU, half of the free memory on a GPU."""
     epochs: int = 1
     """Passes over each rollout batch."""
     minibatches: int = 4
@@ -110,6 +115,7 @@ class PPOConfig(OptimSettings):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("kl_coef", "kl_target", "critic_warmup", "missing_eos_penalty", "value_learning_rate"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_cache(self.cache_gib)
         require(self.temperature > 0, "temperature", self.temperature, "above 0 (PPO needs a distribution)")
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")

@@ -21,7 +21,7 @@ from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.chunks import write_chunks
 from bylaw.model.engine import Engine
 from bylaw.model.records import Record, read_records
-from bylaw.model.sampler import turn
+from bylaw.model.sampler import tokenizer_of, turn
 from bylaw.rlaif.config import LabelConfig
 
 OPTIONS = (" A", " B")
@@ -48,9 +48,8 @@ class Judge:
         """The question with answer `first` ("a" or "b") as option (A), up to where the letter comes."""
         texts = pair[first]["text"], pair[second]["text"]
         question = comparison_request(self.constitution, principle, pair["prompt"], *texts)
-        return self.engine.tokenizer.prompt_ids(
-            [turn("user", question)], prefix=self.constitution.templates.answer_prefix
-        )
+        prefix = self.constitution.templates.answer_prefix
+        return tokenizer_of(self.engine).prompt_ids([turn("user", question)], prefix=prefix)
 
 
 def label(judge: Judge, pairs: Sequence[Record], path: Path) -> dict[str, Any]:
@@ -59,7 +58,8 @@ def label(judge: Judge, pairs: Sequence[Record], path: Path) -> dict[str, Any]:
     Goes on where a killed run stopped. Raises ValueError, before any work, for a tokenizer that has no single token for
     an option letter.
     """
-    option_ids = judge.engine.tokenizer.option_ids(OPTIONS, after=judge.constitution.templates.answer_prefix)
+    prefix = judge.constitution.templates.answer_prefix
+    option_ids = tokenizer_of(judge.engine).option_ids(OPTIONS, after=prefix)
     write_chunks(
         path, pairs, judge.config.pairs_per_chunk, lambda chunk: _preferences(judge, chunk, option_ids), "label"
     )
@@ -82,6 +82,7 @@ def summary(preferences: Sequence[Record]) -> dict[str, Any]:
 
 
 def _preferences(judge: Judge, pairs: Sequence[Record], option_ids: list[int]) -> list[Record]:
+    judge.engine.forget()
     asked = [(pair, principle) for pair in pairs for principle in judge.principles(pair)]
     prompts = [judge.prompt(principle, pair, *order) for pair, principle in asked for order in (("a", "b"), ("b", "a"))]
     context = judge.engine.model.config.max_position_embeddings

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bylaw.kernels.gae import gae
 from bylaw.kernels.linear_loss import linear_loss
@@ -238,9 +239,19 @@ def _measures(rollouts: Sequence[Rollout], stats: dict[str, float], kl_coef: flo
         "val/first_ratio_gap": stats["first_ratio_gap"],
         "val/ended": sum(rollout.ended for rollout in rollouts) / count,
         "val/response_tokens": len(logprobs) / count,
-        "val/sampler_gap": float((sampler - logprobs).abs().max()),
         "grad_norm": stats["grad_norm"],
         "lr": stats["lr"],
-    }
+    } | _sampler_gap(sampler, logprobs)
     explained = explained_variance(column(rollouts, "values"), column(rollouts, "returns"))
     return measures | ({"val/explained_variance": explained} if explained == explained else {})
+
+
+def _sampler_gap(sampler: Tensor, trainer: Tensor) -> dict[str, float]:
+    """How far the log-probs [n] that the tokens were drawn by lie from those that the update takes, in TRL's names."""
+    gap = trainer - sampler
+    ratio = gap.exp()
+    return {
+        "sampling/sampling_logp_difference/mean": float(gap.abs().mean()),
+        "sampling/sampling_logp_difference/max": float(gap.abs().max()),
+        "sampling/importance_sampling_ratio/outside_0.1": float(((ratio < 0.9) | (ratio > 1.1)).float().mean()),
+    }

@@ -13,6 +13,7 @@ from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine, Request
 from bylaw.model.heads import ScalarModel
 from bylaw.model.packing import Packed, pack, token_batches
+from bylaw.model.sampler import tokenizer_of
 from bylaw.model.settings import require
 from bylaw.model.supervised import token_states
 from bylaw.model.transformer import Transformer
@@ -58,7 +59,7 @@ def sample_rollouts(
     engine: Engine, prompts: Sequence[Prompt], config: PPOConfig, seed: int, iteration: int
 ) -> list[Rollout]:
     """One response to each prompt, plain sampling at the run's temperature; draws are named by iteration and place."""
-    tokenizer = engine.tokenizer
+    tokenizer = tokenizer_of(engine)
     requests = [
         Request(
             prompt=tokenizer.prompt_ids(prompt.messages),
@@ -70,6 +71,7 @@ def sample_rollouts(
         )
         for place, prompt in enumerate(prompts)
     ]
+    engine.forget()  # where the weights have not moved: in the critic's warm-up
     completions = engine.generate(requests)
     return [
         Rollout(prompt.id, list(request.prompt), done.ids, torch.tensor(done.logprobs), done.finish == "stop")

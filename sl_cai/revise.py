@@ -6,21 +6,22 @@
                      answer   ~ model(prompt, answer, critique request, critique, revision request)
 
 Every round is kept. Unlike the paper's, the requests are turns of the dialogue, so that chat models and base models go
-the same way; as in the paper, a round sees the answer of the round before it, and no earlier ones.
+the same way; as in the paper, a round sees the answer of the round before it, and no earlier ones. The chains of many
+prompts run together, each at its own pace, and what the model has said goes on in them as the token ids that it drew.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bylaw.constitution.render import critique_request, revision_request
 from bylaw.constitution.schema import Constitution, Principle, draw
 from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.chunks import write_chunks
 from bylaw.model.data import Prompt
+from bylaw.model.engine import Script
 from bylaw.model.records import Record
-from bylaw.model.sampler import Sampler, turn
+from bylaw.model.sampler import Sampler, Turn, said, turn
 from bylaw.sl_cai.config import ReviseConfig
 
 
@@ -37,7 +38,7 @@ class Reviser:
         u = uniform_scalar(self.sampler.seed, request_id("principle", prompt.id), round)
         return draw(self.constitution.for_stage("critique"), u)
 
-    def requests(self, principle: Principle) -> tuple[dict[str, str], dict[str, str]]:
+    def requests(self, principle: Principle) -> tuple[Turn, Turn]:
         """The turns that ask for a critique and for a revision by `principle`."""
         critique, revision = (ask(self.constitution, principle) for ask in (critique_request, revision_request))
         return turn("user", critique), turn("user", revision)
@@ -47,9 +48,9 @@ class Reviser:
         requests, and what the chat template writes around them.
         """
         config, count = self.config, self.sampler.tokenizer.prompt_ids
-        first, said = turn("user", "x"), turn("assistant", "x")
+        first, spoken = turn("user", "x"), said({"text": "", "ids": []})
         frames = [
-            len(count([first, said, critique, said, revision])) - len(count([first]))
+            len(count([first, spoken, critique, spoken, revision])) - len(count([first]))
             for critique, revision in map(self.requests, self.constitution.for_stage("critique"))
         ]
         answer = max(config.max_answer_tokens, config.max_revision_tokens)
@@ -59,11 +60,17 @@ class Reviser:
 def revise(reviser: Reviser, prompts: Sequence[Prompt], path: Path) -> dict[str, int]:
     """Write one chain of answer, critiques and revisions per prompt to `path`; returns counts.
 
-    Goes on where a killed run stopped. Raises ValueError, before any work, for a prompt that leaves too little context.
+    Goes on where a killed run stopped. Raises ValueError, before any work, for a prompt that leaves too little context,
+    and for a chat template in which sampled ids have no place (`Tokenizer.prompt_ids`).
     """
     config = reviser.config
     reviser.sampler.check_lengths(prompts, reviser.reserve())
-    chains = write_chunks(path, prompts, config.prompts_per_chunk, lambda chunk: _chains(reviser, chunk), "revise")
+
+    def work(chunk: Sequence[Prompt]) -> list[Record]:
+        reviser.sampler.engine.forget()
+        return reviser.sampler.engine.chain([_chain(reviser, prompt) for prompt in chunk])
+
+    chains = write_chunks(path, prompts, config.prompts_per_chunk, work, "revise")
     return {"chains": chains, "rounds": config.rounds}
 
 
@@ -76,46 +83,26 @@ def sample_helpful(reviser: Reviser, prompts: Sequence[Prompt], path: Path) -> d
     return {"helpful": samples}
 
 
-def _chains(reviser: Reviser, prompts: Sequence[Prompt]) -> list[Record]:
-    keys = [("answer", prompt.id) for prompt in prompts]
-    answers = reviser.sampler.turns([p.messages for p in prompts], keys, reviser.config.max_answer_tokens)
+def _chain(reviser: Reviser, prompt: Prompt) -> Script[Record]:
+    """The chain of one prompt, as a script for `Engine.chain`: the algorithm above, line by line."""
+    config, say = reviser.config, reviser.sampler.say
+    answer = yield from say(prompt.messages, ("answer", prompt.id), config.max_answer_tokens)
     by = reviser.sampler.provenance() | {"constitution": reviser.constitution.hash}
-    records: list[Record] = [
-        {"id": p.id, "prompt": p.messages, "answer": answer, "rounds": [], "by": by}
-        for p, answer in zip(prompts, answers, strict=True)
-    ]
-    for round in range(1, reviser.config.rounds + 1):
-        steps = _round(reviser, prompts, answers, round)
-        for record, step in zip(records, steps, strict=True):
-            record["rounds"].append(step)
-        answers = [step["revision"] for step in steps]
-    return records
-
-
-def _round(
-    reviser: Reviser, prompts: Sequence[Prompt], answers: list[dict[str, Any]], round: int
-) -> list[dict[str, Any]]:
-    """One critique and one revision of each prompt's answer, by a principle of its own."""
-    config, sampler = reviser.config, reviser.sampler
-    principles = [reviser.principle(prompt, round) for prompt in prompts]
-    asks = [reviser.requests(principle) for principle in principles]
-    dialogues = [
-        [*prompt.messages, turn("assistant", answer["text"]), critique]
-        for prompt, answer, (critique, _) in zip(prompts, answers, asks, strict=True)
-    ]
-    critiques = sampler.turns(dialogues, [("critique", p.id, round) for p in prompts], config.max_critique_tokens)
-    dialogues = [
-        [*dialogue, turn("assistant", critique["text"]), revision]
-        for dialogue, critique, (_, revision) in zip(dialogues, critiques, asks, strict=True)
-    ]
-    revisions = sampler.turns(dialogues, [("revision", p.id, round) for p in prompts], config.max_revision_tokens)
-    return [
-        {"round": round, "principle": {"id": p.id, "hash": p.hash}, "critique": critique, "revision": revision}
-        for p, critique, revision in zip(principles, critiques, revisions, strict=True)
-    ]
+    record: Record = {"id": prompt.id, "prompt": prompt.messages, "answer": answer, "rounds": [], "by": by}
+    for round in range(1, config.rounds + 1):
+        principle = reviser.principle(prompt, round)
+        ask_critique, ask_revision = reviser.requests(principle)
+        dialogue = [*prompt.messages, said(answer), ask_critique]
+        critique = yield from say(dialogue, ("critique", prompt.id, round), config.max_critique_tokens)
+        dialogue += [said(critique), ask_revision]
+        answer = yield from say(dialogue, ("revision", prompt.id, round), config.max_revision_tokens)
+        named = {"id": principle.id, "hash": principle.hash}
+        record["rounds"].append({"round": round, "principle": named, "critique": critique, "revision": answer})
+    return record
 
 
 def _helpful(reviser: Reviser, jobs: Sequence[tuple[Prompt, int]]) -> list[Record]:
+    reviser.sampler.engine.forget()
     asked = [(prompt, n) for prompt, n in jobs if not prompt.answer]
     keys = [("helpful", prompt.id, n) for prompt, n in asked]
     drawn = reviser.sampler.turns([prompt.messages for prompt, _ in asked], keys, reviser.config.max_answer_tokens)

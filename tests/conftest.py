@@ -12,6 +12,7 @@ from tokenizers import models, pre_tokenizers
 from bylaw.constitution.schema import Constitution, Principle, Templates
 from bylaw.model.config import ModelConfig
 from bylaw.model.engine import Engine, Query
+from bylaw.model.sampler import tokenizer_of
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer, initialize
 
@@ -92,7 +93,7 @@ class KnownJudge(Engine):
         return [self._letters(list(prompt)) for prompt, _ in queries]
 
     def _letters(self, prompt: list[int]) -> list[float]:
-        found = re.search(r" A (.*) B (.*) Assistant : so :$", self.tokenizer.decode(prompt))
+        found = re.search(r" A (.*) B (.*) Assistant : so :$", tokenizer_of(self).decode(prompt))
         assert found is not None
         lead = found[1].split().count("good") - found[2].split().count("good")
         p_a = 1 / (1 + math.exp(-self.taste * lead - self.bias))

@@ -19,9 +19,13 @@ from small_run import HELPFUL, PROMPTS, word_tokenizer, write_run
 
 from bylaw.benchmarks.real_prompts import contents
 from bylaw.constitution import load_constitution
+from bylaw.inputs import Run
 from bylaw.model.checkpoint import load_model, load_reward
+from bylaw.model.engine import Engine
+from bylaw.model.settings import SamplingSettings
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import STAGES, load_recipe
+from bylaw.rlaif.config import LabelConfig, PPOConfig
 
 PAIRS = 2 * (len(PROMPTS) + len(HELPFUL))
 CHECKPOINTS = ("finetune/sl-cai", "reward/reward-model", "ppo/rl-cai")
@@ -124,6 +128,12 @@ def test_pairs_and_preferences(finished: Path) -> None:
 
 def test_counts_agree_from_stage_to_stage(finished: Path) -> None:
     counts = {stage: manifest(finished, stage)["counts"] for stage in STAGES}
+    for stage in ("revise", "compare", "label", "ppo"):
+        engine = counts[stage].pop("engine")
+        assert engine["prompt_tokens"] > 0 and engine["preemptions"] == 0
+        assert 0 <= engine["cache_hit_rate"] < 1 and 0 <= engine["useful_fraction"] <= 1
+        assert engine["prefill_tokens_per_second"] > 0
+        assert (engine["decode_tokens_per_second"] > 0) == (engine["generated_tokens"] > 0) == (stage != "label")
     assert counts["revise"] == {"chains": 5, "rounds": 2, "helpful": 5}
     tuned = counts["finetune"]
     assert tuned["revisions"] + tuned["empty_revisions"] == 10 and tuned["helpful"] + tuned["empty_helpful"] == 5
@@ -215,3 +225,16 @@ def test_one_process_only(finished: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE = 2"):
         run_pipeline(load_recipe(finished / "recipe.toml"))
+
+
+def test_the_cache_that_a_recipe_sets_is_the_engines(tmp_path: Path) -> None:
+    run = Run(load_recipe(write_run(tmp_path)))
+    model = run.model(run.recipe.base)
+    small, chosen = run.engine(model, 0.001), run.engine(model, 0.0)
+    assert small.pages < chosen.pages == Engine(model).pages
+    sampler = run.sampler(model, run.recipe.base, SamplingSettings(cache_gib=0.001))
+    assert sampler.engine.pages == small.pages
+    for settings in (SamplingSettings, LabelConfig, PPOConfig):
+        for value in (-1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"cache_gib = {value} is not possible"):
+                settings(cache_gib=value)

@@ -1,18 +1,25 @@
-"""`bylaw chat`: which checkpoint answers, what the model is shown, and lines that are piped in."""
+"""`bylaw chat`: which checkpoint answers, what the model is shown, lines that are piped in, and text as it comes."""
 
 import io
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from small_run import CONTEXT, tiny_llama, word_tokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from bylaw.cli import main
 from bylaw.model.checkpoint import save_model, save_reward
+from bylaw.model.engine import Completion
+from bylaw.model.engine.stops import before_stop
 from bylaw.model.heads import scalar_model
-from bylaw.model.sampler import Sampler
+from bylaw.model.sampler import Sampler, text_record
 from bylaw.model.settings import SamplingSettings
+from bylaw.model.tokenizer import Tokenizer
+from bylaw.stream import Stream, settled
 from bylaw.talk import ChatConfig, chat, find_checkpoint
 
 Dialogue = list[dict[str, str]]
@@ -30,7 +37,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Dialogue]:
     """The dialogues that a model is shown, which answers each with its number."""
     dialogues: list[Dialogue] = []
 
-    def turns(sampler: Sampler, asked: Sequence[Dialogue], keys: Any, limit: int) -> list[dict[str, str]]:
+    def turns(sampler: Sampler, asked: Sequence[Dialogue], keys: Any, limit: int, **more: Any) -> list[dict[str, str]]:
         dialogues.extend(list(dialogue) for dialogue in asked)
         return [{"text": f"no {len(dialogues)}"}]
 
@@ -95,6 +102,91 @@ def test_sampling_settings_reach_the_sampler(folder: Path, capsys: pytest.Captur
         return capsys.readouterr().out
 
     assert answer(1) == answer(2)
+
+
+def test_answer_is_shown_as_it_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word by word, and in the end just what is recorded."""
+    pieces: list[str] = []
+    recorded: list[str] = []
+    right = Sampler.turns
+
+    def turns(*args: Any, **more: Any) -> list[dict[str, Any]]:
+        records = right(*args, **more)
+        recorded.extend(record["text"] for record in records)
+        return records
+
+    monkeypatch.setattr(Sampler, "turns", turns)
+    monkeypatch.setattr("bylaw.talk._show", pieces.append)
+    chat(folder, ChatConfig(max_tokens=12), ["how do i mend a fence ?", "and a gate ?"])
+    assert "".join(pieces) == "".join(f"{text}\n" for text in recorded)
+    assert len([piece for piece in pieces if piece.strip()]) > len(recorded)
+
+
+PIECES = ("b\n\nHu", "\n\nH", "man", ":")
+# GPT-2's spelling of bytes: the printable ones as they are, the others from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+SPELLED = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(OTHERS)}
+
+
+def spelled(text: str) -> str:
+    return "".join(SPELLED[byte] for byte in text.encode())
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Tokenizer:
+    """A token for each byte, by its own number, and some longer ones, which cut a stop string here and there."""
+    tokens = [*(SPELLED[byte] for byte in range(256)), *(spelled(piece) for piece in PIECES if len(piece) > 1), "<eos>"]
+    backend = tokenizers.Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    tokenizer = Tokenizer.from_parts(backend, eos_token="<eos>")
+    assert tokenizer.stop_strings == ("\n\nHuman:",)
+    return tokenizer
+
+
+def test_half_a_character_and_the_beginning_of_a_stop_string_wait(byte_tokenizer: Tokenizer) -> None:
+    raw = "né 語 🙂".encode()
+    for count in range(len(raw) + 1):
+        assert settled(list(raw[:count]), byte_tokenizer) == raw[:count].decode(errors="ignore")
+    for text, sure in (("a\n", "a"), ("a\n\nHum", "a"), ("a\n\nHumbug", "a\n\nHumbug"), ("a\n\nHuman:b", "a")):
+        assert settled(list(text.encode()), byte_tokenizer) == sure, text
+
+
+def test_token_that_runs_into_a_stop_string_waits_whole(byte_tokenizer: Tokenizer) -> None:
+    """The engine cuts it off with the stop string, with what it holds before that."""
+    runs_in = byte_tokenizer.backend.token_to_id(spelled("b\n\nHu"))
+    assert runs_in is not None
+    assert settled([ord("a"), runs_in], byte_tokenizer) == "a"
+    assert settled([ord("a"), runs_in, ord("g")], byte_tokenizer) == "ab\n\nHug"
+
+
+def test_any_text_adds_up_to_its_record(byte_tokenizer: Tokenizer) -> None:
+    """Random tokens of which many begin a stop string, heard one after the other and ended as the engine does."""
+    source, endings = random.Random(0), 0
+    likely = [*(byte_tokenizer.backend.token_to_id(spelled(piece)) for piece in PIECES), *b"\n a", 0xC3, 0xA9]
+    for _ in range(4000):
+        pieces: list[str] = []
+        stream, ids, keep = Stream(byte_tokenizer, pieces.append), [], None
+        while keep is None and len(ids) < 12:
+            ids.append(source.choice(likely))
+            stream.hear(0, ids)
+            keep = before_stop(ids, byte_tokenizer.stop_strings, byte_tokenizer)
+        record = text_record(Completion(ids=ids[:keep], logprobs=[], finish="stop"), byte_tokenizer)
+        stream.end(record["text"])
+        assert "".join(pieces) == record["text"] + "\n", ids
+        endings += keep is not None
+    assert endings > 20
+
+
+def test_decoder_that_writes_its_beginning_anew(byte_tokenizer: Tokenizer) -> None:
+    """What stands there cannot be taken back; the whole text is told again."""
+    pieces: list[str] = []
+    stream = Stream(byte_tokenizer, pieces.append)
+    stream.hear(0, list(b"ab"))
+    stream.hear(0, list(b"xyz"))
+    stream.end("xyz!")
+    assert "".join(pieces) == "ab\nxyz!\n"
 
 
 def test_newest_checkpoint_of_a_run(tmp_path: Path) -> None:

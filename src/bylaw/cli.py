@@ -123,6 +123,26 @@ def _kernels(args: list[str]) -> None:
     print(explain(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
+def _bench(args: list[str]) -> None:
+    """How fast your own checkpoint samples here, against Transformers: bylaw bench engine FOLDER"""
+    usage = "bylaw bench engine FOLDER [flags]"
+    if args[:1] in (["-h"], ["--help"]):
+        print(f"usage: {usage}\n\n{_bench.__doc__}\n\n`bylaw bench engine --help` tells more.")
+        return
+    if args[:1] != ["engine"]:
+        raise ValueError(f"got {args[:1]}; allowed: {usage}")
+    from bylaw.benchmarks.engine_config import EngineConfig
+
+    folder, rest = _folder(args[1:], usage)
+    default = EngineConfig(model=folder)
+    config = tyro.cli(
+        EngineConfig, default=default, args=rest, prog="bylaw bench engine FOLDER", description=_bench.__doc__
+    )
+    from bylaw.benchmarks.engine import main as bench  # torch: only once the mistakes are out of the way
+
+    sys.exit(bench(config))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "run": _stage_command(STAGES, "run", "All stages on your own checkpoint, constitution and prompts."),
@@ -133,6 +153,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reward": _stage_command(("reward",), "reward", "Train a reward model on the labels."),
     "ppo": _stage_command(("ppo",), "ppo", "PPO against the reward model: the RL-CAI model."),
     "chat": _chat,
+    "bench": _bench,
     "constitution": _constitution,
     "kernels": _kernels,
 }

@@ -11,7 +11,6 @@ from bylaw.benchmarks.village.evaluate import behaviour, label_accuracy, prompts
 from bylaw.constitution.schema import Constitution
 from bylaw.model.checkpoint import checkpoint_hash
 from bylaw.model.data import Prompt
-from bylaw.model.engine import Engine
 from bylaw.model.records import Record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings
 from bylaw.pipeline import Run, run_pipeline
@@ -116,7 +115,7 @@ def _label_quality(run: Run, folder: Path, policy: Path) -> dict[str, Any]:
     asked = prompts(heldout=True, harmful=True) + prompts(heldout=True, harmful=False, forms=1)
     compare(run.sampler(run.model(policy), policy, recipe.compare), asked, folder / "pairs.jsonl", recipe.compare)
     judge = Judge(
-        engine=Engine(run.model(recipe.base), run.tokenizer),
+        engine=run.engine(run.model(recipe.base), recipe.label.cache_gib),
         constitution=run.constitution,
         config=recipe.label,
         seed=recipe.seed,

@@ -64,8 +64,12 @@ class Run:
     def model(self, folder: Path) -> Transformer:
         return load_model(folder, self.device, torch.float32)
 
+    def engine(self, model: Transformer, cache_gib: float, max_rows: int = 64) -> Engine:
+        """`cache_gib` as in a recipe, where 0 leaves the choice to the engine."""
+        return Engine(model, self.tokenizer, max_rows, cache_gib=cache_gib or None)
+
     def sampler(self, model: Transformer, folder: Path, settings: SamplingSettings) -> Sampler:
-        engine = Engine(model, self.tokenizer, settings.max_rows)
+        engine = self.engine(model, settings.cache_gib, settings.max_rows)
         return Sampler(engine=engine, settings=settings, seed=self.recipe.seed, model_hash=checkpoint_hash(folder))
 
     def terms(self, name: str, inputs: dict[str, str]) -> Stage:

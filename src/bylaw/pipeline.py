@@ -55,8 +55,9 @@ def run_revise(run: Run) -> dict[str, Any]:
     def work(folder: Path) -> dict[str, Any]:
         sampler = run.sampler(run.model(recipe.base), recipe.base, recipe.revise)
         reviser = Reviser(sampler=sampler, constitution=run.constitution, config=recipe.revise)
-        counts = revise(reviser, run.prompts, folder / "chains.jsonl")
-        return counts | sample_helpful(reviser, run.helpful, folder / "helpful.jsonl")
+        counts: dict[str, Any] = revise(reviser, run.prompts, folder / "chains.jsonl")
+        counts |= sample_helpful(reviser, run.helpful, folder / "helpful.jsonl")
+        return counts | _figures(sampler.engine)
 
     return run.stage("revise", inputs, work)
 
@@ -92,7 +93,8 @@ def run_compare(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         sampler = run.sampler(run.model(model_folder), model_folder, run.recipe.compare)
-        return compare(sampler, run.rl_prompts, folder / "pairs.jsonl", run.recipe.compare)
+        counts: dict[str, Any] = compare(sampler, run.rl_prompts, folder / "pairs.jsonl", run.recipe.compare)
+        return counts | _figures(sampler.engine)
 
     return run.stage("compare", inputs, work)
 
@@ -105,11 +107,11 @@ def run_label(run: Run) -> dict[str, Any]:
     inputs = {"judge": judge_hash, "constitution": run.constitution.hash, "pairs": sha256_file(pairs)}
 
     def work(folder: Path) -> dict[str, Any]:
-        engine = Engine(run.model(judge_folder), run.tokenizer)
+        engine = run.engine(run.model(judge_folder), recipe.label.cache_gib)
         judge = Judge(
             engine=engine, constitution=run.constitution, config=recipe.label, seed=recipe.seed, model_hash=judge_hash
         )
-        return label(judge, read_records(pairs), folder / "preferences.jsonl")
+        return label(judge, read_records(pairs), folder / "preferences.jsonl") | _figures(engine)
 
     return run.stage("label", inputs, work)
 
@@ -148,11 +150,11 @@ def run_ppo(run: Run) -> dict[str, Any]:
         std = extras["score_std"] if config.normalize_scores else 1.0
         scale = ScoreScale(extras["score_mean"], std, config.missing_eos_penalty)
         models = Models(policy, copy.deepcopy(reward), reference, reward)
-        engine = Engine(policy, run.tokenizer, config.max_rows)
+        engine = run.engine(policy, config.cache_gib, config.max_rows)
         show = _rollout_shower(run.tokenizer, folder / "samples.jsonl", config.iterations)
         counts = ppo(models, engine, run.rl_prompts, folder, config, scale, run.recipe.seed, show)
         save_model(policy, folder / "rl-cai", run.tokenizer, _card(run, "RL-CAI: trained by PPO on AI preferences"))
-        return counts
+        return counts | _figures(engine)
 
     return run.stage("ppo", inputs, work)
 
@@ -165,6 +167,21 @@ _RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "reward": run_reward,
     "ppo": run_ppo,
 }
+
+
+def _figures(engine: Engine) -> dict[str, Any]:
+    """What the engine did in this process, for the manifest: a stage that was killed says it of its last run only."""
+    stats = engine.stats
+    figures = {
+        "prompt_tokens": stats.prompt_tokens,
+        "generated_tokens": stats.generated_tokens,
+        "prefill_tokens_per_second": stats.prefill_rate,
+        "decode_tokens_per_second": stats.decode_rate,
+        "cache_hit_rate": stats.hit_rate,
+        "useful_fraction": stats.useful_fraction,
+        "preemptions": stats.preemptions,
+    }
+    return {"engine": figures}
 
 
 def _sample_shower(run: Run, sampler: Sampler, path: Path) -> Callable[[int, int], None]:

@@ -42,7 +42,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -> None:
-    """Answer `lines` (by default: what is typed, or piped in) until they end.
+    """Answer `lines` (by default: what is typed, or piped in) until they end, each answer shown as it comes.
 
     A talk that outgrows the model's context is begun anew, and says so. Raises FileNotFoundError and ValueError for a
     folder without a checkpoint that can be read, and ValueError for a line that is longer than the context.
@@ -53,6 +53,7 @@ def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -
     from bylaw.model.engine import Engine
     from bylaw.model.sampler import Sampler, turn
     from bylaw.model.tokenizer import Tokenizer
+    from bylaw.stream import Stream
 
     place = find_checkpoint(folder)
     tokenizer = Tokenizer.load(place)
@@ -71,9 +72,14 @@ def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -
         if len(tokenizer.prompt_ids(talk)) >= context and len(talk) > len(opening) + 1:
             print(f"(This talk has outgrown the model's context of {context} tokens; a new one begins.)")
             talk = [*opening, talk[-1]]
-        answer = sampler.turns([talk], [("chat", number)], config.max_tokens)[0]["text"]
+        stream = Stream(tokenizer, _show)
+        answer = sampler.turns([talk], [("chat", number)], config.max_tokens, on_token=stream.hear)[0]["text"]
+        stream.end(answer)
         talk.append(turn("assistant", answer))
-        print(answer, flush=True)
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
 
 
 def _typed() -> Iterable[str]:

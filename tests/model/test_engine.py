@@ -171,15 +171,14 @@ def test_the_order_of_requests_does_not_matter(model: Transformer, alone: list[C
     order = list(range(20))
     random.Random(max_rows).shuffle(order)
     requests = mixed_requests()
-    heard: list[int] = []
-    done = engine(model, max_rows).generate([requests[i] for i in order], heard.append)
+    heard: dict[int, list[int]] = {}
+    done = engine(model, max_rows).generate([requests[i] for i in order], on_token=heard.__setitem__)
     assert_same(done, [alone[i] for i in order])
-    assert sorted(heard) == list(range(20)), "each is told of once"
+    assert [heard[i] for i in range(20)] == [one.ids for one in done], "each token is told of"
 
 
-def test_prompts_of_more_than_one_prefill(model: Transformer, alone: list[Completion], monkeypatch: Any) -> None:
-    monkeypatch.setattr("bylaw.model.engine.PREFILL_TOKENS", 20)
-    assert_same(engine(model, 6).generate(mixed_requests()), alone)
+def test_prompts_of_more_than_one_prefill(model: Transformer, alone: list[Completion]) -> None:
+    assert_same(Engine(model, max_rows=6, prefill_tokens=20).generate(mixed_requests()), alone)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -283,11 +282,10 @@ def test_what_candidates_and_queries_share_is_computed_once(model: Transformer, 
     assert scores[0][0] == scores[2][0]
 
 
-def test_scores_of_more_than_one_pass(model: Transformer, monkeypatch: Any) -> None:
+def test_scores_of_more_than_one_pass(model: Transformer) -> None:
     queries = [(prompt, [[4], [5, 6]]) for prompt in prompts(9)]
     expected = engine(model).score(queries)
-    monkeypatch.setattr("bylaw.model.engine.PREFILL_TOKENS", 20)
-    got = engine(model).score(queries)
+    got = Engine(model, prefill_tokens=20).score(queries)
     torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
@@ -298,5 +296,5 @@ def test_no_requests(model: Transformer) -> None:
 
 @pytest.mark.parametrize(("prompt", "candidate"), [(0, 1), (1, 0), (CONTEXT, 1), (CONTEXT - 1, 2)])
 def test_a_query_that_cannot_be_is_refused(model: Transformer, prompt: int, candidate: int) -> None:
-    with pytest.raises(ValueError, match=f"query 1, candidate 0: {prompt} and {candidate} tokens"):
+    with pytest.raises(ValueError, match=f"query 1: candidate 0: {prompt} and {candidate} tokens"):
         engine(model).score([([3], [[4]]), ([3] * prompt, [[4] * candidate])])

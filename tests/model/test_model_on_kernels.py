@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bylaw.model.config import ModelConfig
-from bylaw.model.engine import Engine, Request
+from bylaw.model.engine import Completion, Engine, Request
+from bylaw.model.engine.graphs import GraphDecoder
+from bylaw.model.engine.pages import Pages
+from bylaw.model.engine.slabs import Slabs
+from bylaw.model.engine.store import GIB, page_bytes
 from bylaw.model.heads import scalar_model
-from bylaw.model.packing import pack
 from bylaw.model.supervised import Example, supervised_loss
-from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer, initialize
 from bylaw.rlaif.rollout import Rollout, column, fill_columns
 
@@ -40,7 +44,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             return backend if tensor.device.type == DEVICE else "reference"
 
         names = [f"bylaw.kernels.{path.stem}" for path in (Path(__file__).parents[2] / "kernels").glob("*.py")]
-        for name in {*names, "bylaw.model.cache"} - {"bylaw.kernels.backend"}:
+        for name in {*names, "bylaw.model.engine.decode"} - {"bylaw.kernels.backend"}:
             module = importlib.import_module(name)
             if hasattr(module, "choose"):
                 monkeypatch.setattr(module, "choose", chosen)
@@ -94,29 +98,104 @@ def test_the_columns_of_ppo(on: Callable[[str], None]) -> None:
     assert set(columns["triton"]) == {"logprobs", "reference", "values", "entropy"}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
-def test_sampled_and_greedy_text(family: str, on: Callable[[str], None], tokenizer: Tokenizer) -> None:
-    """Requests of several lengths join and leave a batch of two, across a border of the cache's pages."""
-    engine = Engine(make(family), tokenizer, max_rows=2)
-    requests = [
-        Request(prompt=ids, max_tokens=tokens, seed=0, request=i, temperature=temperature, top_k=20 * (i == 2))
-        for i, (ids, tokens, temperature) in enumerate(
-            zip([list(range(29)), *texts(2, 16)], (6, 2, 4), (0.0, 1.0, 0.8), strict=True)
-        )
+def engines(family: str, on: Callable[[str], None], rows: int) -> tuple[Engine, Engine]:
+    """One that takes the kernels from now on, and one on the CPU that has taken plain torch."""
+    on("reference")
+    plain = Engine(make(family).cpu(), max_rows=rows)
+    assert isinstance(plain.memory.store, Slabs)
+    on("triton")
+    model = make(family)
+    page_gib = page_bytes(model) / GIB
+    engine = Engine(model, max_rows=rows, cache_gib=12.5 * page_gib)
+    assert isinstance(engine.memory.store, Pages)
+    return engine, plain
+
+
+def plain_answers(engine: Engine, on: Callable[[str], None], method: str, asked: Any) -> Any:
+    """On a CPU the backends are switched for the while; on a GPU this engine's device tells."""
+    on("reference")
+    answers = getattr(engine, method)(asked)
+    on("triton")
+    return answers
+
+
+def assert_same(got: list[Completion], expected: list[Completion]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one.ids == other.ids and one.finish == other.finish
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=2e-5, rtol=0)
+
+
+def requests(*settings: tuple[list[int], int, float], top_k: int = 0) -> list[Request]:
+    """Of (prompt, max_tokens, temperature)."""
+    return [
+        Request(prompt=ids, max_tokens=tokens, seed=0, request=i, temperature=temperature, top_k=top_k)
+        for i, (ids, tokens, temperature) in enumerate(settings)
     ]
-    on("reference")
-    expected = engine.generate(requests)
-    on("triton")
-    for got, wanted in zip(engine.generate(requests), expected, strict=True):
-        assert got.ids == wanted.ids and got.finish == wanted.finish
-        torch.testing.assert_close(got.logprobs, wanted.logprobs, atol=2e-5, rtol=0)
 
 
-def test_scores_of_candidates(on: Callable[[str], None], tokenizer: Tokenizer) -> None:
-    engine = Engine(make("llama"), tokenizer)
+def test_sampled_and_greedy_text(on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One joins when another leaves; a page that two begin with stays in its place, and is read once for both."""
+    engine, plain = engines("mistral", on, 2)
+    monkeypatch.setattr("bylaw.model.engine.page_streams.COMMON_TOKENS", 16)
+    start = list(range(32))
+    asked = requests(([*start, 9], 3, 0.0), ([*start, 3], 2, 1.0), ([7, 8], 2, 0.8), top_k=20)
+    assert_same(engine.generate(asked), plain_answers(plain, on, "generate", asked))
+    assert engine.stats.cached_tokens >= 32
+
+
+class Tape(TorchDispatchMode):
+    """Records operations as a CUDA graph does: what they were given, not what gave it; a read by the host is an error.
+
+    Played, each is done again on the same memory; what an earlier one made new stands in for what it made then.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__()
+        self.work, self.played = work, 0
+        self.steps: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "a wait"
+        assert func is not torch.ops.aten.lift_fresh.default, "a tensor of host data"
+        out = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+    def play(self) -> None:
+        """What one of several uses of a size does: the first of them records."""
+        if not self.steps:
+            with self:
+                self.work()
+            return
+        made: dict[int, Tensor] = {}
+        for func, args, kwargs, out in self.steps:
+            now = func(*tree_map_only(Tensor, lambda x: made.get(id(x), x), args), **kwargs)  # noqa: B023
+            pairs = zip(tree_leaves(out), tree_leaves(now), strict=True)
+            made |= {id(old): new for old, new in pairs if isinstance(old, Tensor)}
+        self.played += 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="stands in for graphs where there are none")
+def test_a_step_needs_nothing_of_the_host_but_what_is_in_its_buffers(on: Callable[[str], None]) -> None:
+    """Rows join and leave while what was recorded once is played again and again."""
+    engine, plain = engines("qwen3", on, 3)
+    store = engine.memory.store
+    assert isinstance(store, Pages)
+    engine.late = 1
+    tapes: list[Tape] = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        tapes.append(Tape(work))
+        return tapes[-1].play
+
+    engine.memory.decoder = GraphDecoder(engine.model, store, 3, lambda: capture)
+    asked = requests(([3, 4], 9, 0.0), ([5], 5, 1.0), ([6, 7, 8], 9, 0.8), ([9], 3, 1.0))
+    assert_same(engine.generate(asked), plain_answers(plain, on, "generate", asked))
+    assert sum(tape.played for tape in tapes) >= 4
+
+
+def test_scores_of_candidates(on: Callable[[str], None]) -> None:
+    engine, plain = engines("llama", on, 4)
     queries = [(ids, [[3], [4], [5, 6]]) for ids in texts(2, 16)]
-    on("reference")
-    expected = engine.score(queries)
-    on("triton")
+    expected = plain_answers(plain, on, "score", queries)
     torch.testing.assert_close(torch.tensor(engine.score(queries)), torch.tensor(expected), atol=3e-5, rtol=0)
-    assert len(pack([ids for ids, _ in queries]).tokens) > 6

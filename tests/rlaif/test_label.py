@@ -51,13 +51,12 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-@dataclasses.dataclass
 class FixedJudge(Engine):
     """Answers with the probabilities of A and B that it was given, query by query."""
 
-    model: Any
-    tokenizer: Tokenizer
-    letters: list[tuple[float, float]]
+    def __init__(self, model: Any, tokenizer: Tokenizer | None, letters: list[tuple[float, float]]) -> None:
+        super().__init__(model, tokenizer)
+        self.letters = letters
 
     def score(self, queries: Sequence[Query]) -> list[list[float]]:
         said, self.letters = self.letters[: len(queries)], self.letters[len(queries) :]
@@ -289,3 +288,24 @@ def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(
         path.write_bytes(whole[:cut])
         assert label(judge, PAIRS, path) == counts
         assert path.read_bytes() == whole, f"cut at byte {cut} of {len(whole)}"
+
+
+def test_what_an_earlier_chunk_has_cached_changes_no_bit(
+    judge_with: Callable[..., Judge], make_model: Callable, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A run killed between two chunks goes on with an empty cache. Sums over a cached beginning add up otherwise."""
+    prompt = " ".join(f"w{n % 20}" for n in range(70))
+    starts = [f"w{n} good " * 20 for n in range(4)]  # both answers of a pair begin alike, so its two orders share more
+    pairs = [pair(str(n), start + "w2", start + "w3", prompt) for n, start in enumerate(starts)]
+
+    def make() -> Judge:
+        engine = Engine(make_model(spread=0.1, context=256), tokenizer)
+        return judge_with(engine, pairs_per_chunk=1, min_option_mass=0.0)
+
+    path = tmp_path / "preferences.jsonl"
+    label(make(), pairs, path)
+    whole = path.read_bytes()
+    for n in range(1, 4):
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:n]))
+        label(make(), pairs, path)
+        assert path.read_bytes() == whole

@@ -84,7 +84,9 @@ def test_before_the_first_update_all_log_probs_are_the_same(
     [line] = make_task().run(tmp_path, temperature=temperature, micro_batch_tokens=budget)
     assert line["val/first_ratio_gap"] == 0
     assert line["objective/kl"] == 0 and line["objective/non_score_reward"] == 0
-    assert line["val/sampler_gap"] < 1e-4
+    gap = {name: line[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "max")}
+    assert gap["mean"] <= gap["max"] < 1e-4
+    assert line["sampling/importance_sampling_ratio/outside_0.1"] == 0
     assert line["policy/approxkl"] > 0  # later minibatches are those of a policy that moved
 
 
@@ -102,6 +104,15 @@ def test_a_first_ratio_that_is_not_1_stops_the_run(
     with pytest.raises(FloatingPointError, match=r"ratio to itself is off by .*not taken in the same way"):
         task.run(tmp_path)
     assert same(task.models.policy, before)
+
+
+def test_the_gap_between_sampler_and_trainer_by_hand() -> None:
+    sampler, trainer = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.0, -2.09, -2.9, -4.11])
+    gap = bylaw.rlaif.ppo._sampler_gap(sampler, trainer)
+    assert gap["sampling/sampling_logp_difference/mean"] == pytest.approx(0.075, abs=1e-5)
+    assert gap["sampling/sampling_logp_difference/max"] == pytest.approx(0.11, abs=1e-5)
+    # Ratios 1, 0.914, 1.105, 0.896.
+    assert gap["sampling/importance_sampling_ratio/outside_0.1"] == 0.5
 
 
 def test_the_score_rises(make_task: MakeTask, tmp_path: Path) -> None:
@@ -182,7 +193,7 @@ def test_micro_batches_change_nothing(make_task: MakeTask, tmp_path: Path) -> No
     for name in ("policy", "value"):
         for ours, theirs in zip(*(getattr(t.models, name).parameters() for t in (whole, pieces)), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    for name in lines[0].keys() - set(TIMES) - {"val/sampler_gap"}:
+    for name in lines[0].keys() - set(TIMES) - {f"sampling/sampling_logp_difference/{x}" for x in ("mean", "max")}:
         assert others[0][name] == pytest.approx(lines[0][name], abs=1e-4), name
 
 

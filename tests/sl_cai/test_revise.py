@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bylaw.constitution.schema import Constitution, Principle
 from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.data import Prompt
-from bylaw.model.engine import Completion, Engine, Request
+from bylaw.model.engine import Completion, Engine, Request, Script
 from bylaw.model.records import Record, read_records
-from bylaw.model.sampler import Sampler
+from bylaw.model.sampler import Sampler, tokenizer_of
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.sl_cai.config import ReviseConfig
 from bylaw.sl_cai.revise import Reviser, revise, sample_helpful
@@ -25,18 +26,33 @@ class RecordingEngine(Engine):
     asked: Sequence[Request] = ()
     replies: Sequence[list[int]] = ()
 
-    def generate(
-        self, requests: Sequence[Request], on_finish: Callable[[int], None] = lambda index: None
-    ) -> list[Completion]:
-        done, self.asked = len(self.asked), [*self.asked, *requests]
-        if not self.replies:
-            return super().generate(requests, on_finish)
-        said = self.replies[done : done + len(requests)]
-        stops = self.tokenizer.stop_ids
-        return [
-            Completion(ids=ids, logprobs=[0.0] * len(ids), finish="stop" if ids[-1] in stops else "length")
-            for ids in said
-        ]
+    def generate(self, requests: Sequence[Request], **settings: Any) -> list[Completion]:
+        self.asked = [*self.asked, *requests]
+        return super().generate(requests, **settings)
+
+    def chain(self, scripts: Sequence[Script[Record]], **settings: Any) -> list[Record]:
+        heard = [self._heard(script) for script in scripts]
+        return [self._reply(script) for script in heard] if self.replies else super().chain(heard, **settings)
+
+    def _heard(self, script: Script[Record]) -> Script[Record]:
+        request = next(script)
+        while True:
+            assert isinstance(request, Request)
+            self.asked = [*self.asked, request]
+            try:
+                request = script.send((yield request))
+            except StopIteration as end:
+                return end.value
+
+    def _reply(self, script: Script[Record]) -> Record:
+        next(script)
+        while True:
+            ids = self.replies[len(self.asked) - 1]
+            ended = tokenizer_of(self).stop_ids[0] in ids
+            try:
+                script.send(Completion(ids=ids, logprobs=[0.0] * len(ids), finish="stop" if ended else "length"))
+            except StopIteration as end:
+                return end.value
 
 
 MakeReviser = Callable[..., tuple[Reviser, RecordingEngine]]
@@ -125,6 +141,38 @@ def test_each_request_holds_the_prompt_the_latest_answer_and_the_request_and_no_
     said = [chain["answer"], *(step[name] for step in chain["rounds"] for name in ("critique", "revision"))]
     assert [one["text"] for one in said] == texts
     assert [one["ids"] for one in said] == engine.replies
+
+
+def test_what_was_said_goes_on_as_the_ids_that_were_drawn(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A token without text and a text that reads otherwise stay; each request begins with one before it and its ids,
+    which is what their keys and values can be used again for.
+    """
+    reviser, engine = make_reviser(prompts_per_chunk=1)
+    [unknown] = tokenizer.encode("<unk>")
+    engine.replies = [[unknown, *tokenizer.encode("w2 w3")], [0], [unknown, unknown, 0], [0], tokenizer.encode("w4")]
+    revise(reviser, PROMPTS[:1], tmp_path / "chains.jsonl")
+    first, critique, revision, again, last = ([*request.prompt] for request in engine.asked)
+    answer, said, revised, said_again, _ = engine.replies
+    for later, earlier, ids in (
+        (critique, first, answer), (revision, critique, said), (again, first, revised), (last, again, said_again)
+    ):  # fmt: skip
+        assert later[: len(earlier + ids)] == earlier + ids
+    assert critique[len(first + answer)] == 0 and revision[len(critique + said)] != 0  # a turn is closed, and once
+    [chain] = read_records(tmp_path / "chains.jsonl")
+    assert [step["critique"]["text"] for step in chain["rounds"]] == ["", ""]
+
+
+def test_a_template_that_the_drawn_ids_have_no_place_in_is_refused_before_any_work(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reviser, engine = make_reviser()
+    opens = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{{ 'so' if add_generation_prompt else '' }}"
+    engine.tokenizer = Tokenizer.from_parts(tokenizer.backend, eos_token="</s>", chat_template=opens)
+    with pytest.raises(ValueError, match="not prefix-stable"):
+        revise(reviser, PROMPTS, tmp_path / "chains.jsonl")
+    assert not engine.asked and not list(tmp_path.iterdir())
 
 
 def test_a_model_that_says_nothing_makes_chains_all_the_same(
