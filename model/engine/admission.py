@@ -94,9 +94,7 @@ class Admission:
 
     def _take(self, batch: Batch, text: Row | Reading, ids: Sequence[int], share: bool) -> bool:
         """Plan one text's path; False, and nothing planned, if the stream would be too long."""
-        path = self.index.find(text.keys) if share else ()
-        if share:
-            path = self.index.plan(ids, text.keys, path, self.store.worth)
+        path = self.index.plan(ids, text.keys, self.index.find(text.keys), self.store.worth) if share else ()
         new = [segment for segment, _ in path if segment.kept is None and segment not in batch.segments]
         fresh = sum(len(segment.ids) for segment in new)
         self.index.hold(path)
@@ -139,7 +137,10 @@ class Admission:
     def leave(self, row: Row) -> None:
         """The opposite of `stand`."""
         self.index.release(row.path)
-        self.standing.subtract(segment for segment, _ in row.path)
+        for segment, _ in row.path:
+            self.standing[segment] -= 1
+            if not self.standing[segment]:
+                del self.standing[segment]
 
     def make_room(self, batch: Batch, running: Sequence[Row]) -> bool:
         """Choose where the rows will stand, and make room for them and the new segments; whether there is."""

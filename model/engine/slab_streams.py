@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bylaw.kernels.attention import Layout, attention, plan, to_dense
 from bylaw.kernels.dense_attention import dense_attention, hiding, merge_parts
+from bylaw.kernels.merge_attention import lse_dtype
 from bylaw.kernels.rope import rope
 from bylaw.model.engine.prefix import Path, Segment, length
 from bylaw.model.engine.store import Item, wanted_places
@@ -65,7 +66,7 @@ class SlabPrefill:
         new = slice(0, self.fresh)
         if not self.users and not self.going_on:
             return attention(q, k, v, self.layout, window)
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
         out[new], lse[new] = causal_attention(q[new], k[new], v[new], self.layout, window)
         for item, begin, end in self.going_on:
             out[begin:end], lse[begin:end] = self._go_on(layer, item, q[begin:end], window)
@@ -177,7 +178,7 @@ def over(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) ->
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int) -> tuple[Tensor, Tensor]:
     """Within each packed sequence: out [T, N_q, D] and lse [T, N_q]."""
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     group = q.shape[1] // k.shape[1]
     for bucket in layout.buckets:
         rows, keys, values = (to_dense(x, bucket).transpose(1, 2) for x in (q, k, v))

@@ -143,7 +143,7 @@ class Slabs:
         for slabs in (self.keys, self.values):
             for layer, old in enumerate(slabs):
                 slabs[layer] = self._empty(rows, slots)
-                count, columns = min(rows, len(old)), min(slots, old.shape[2])
+                count, columns = len(self.bases), min(slots, old.shape[2])
                 slabs[layer][:count, :, :columns] = old[:count, :, :columns]
 
     def _empty(self, rows: int, slots: int) -> Tensor:

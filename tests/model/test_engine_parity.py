@@ -200,6 +200,17 @@ def test_scores_are_the_same_alone_together_and_cached(model: Transformer) -> No
         assert_same(engine.score(queries), expected, atol=1e-4)
 
 
+def test_a_model_of_16_bits_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of an attention are merged in float32 there, too: scores move by what rounding the weights moves."""
+    share_prefixes(monkeypatch)
+    queries = [Query(prompt, [[3], [4, 5]]) for prompt in shared_prompts(12)]
+    expected = torch.tensor(Engine(tiny_model(3)).score(queries))
+    engine = Engine(tiny_model(3).to(torch.bfloat16))
+    assert torch.tensor(engine.score(queries)).sub(expected).abs().mean() < 0.08  # of about 8
+    done = engine.generate([Request(prompt=query.prompt, max_tokens=4, seed=0, request=0) for query in queries])
+    assert engine.stats.cached_tokens > 0 and all(len(one.ids) == 4 for one in done)
+
+
 def test_what_prompts_share_is_computed_once_in_a_batch_and_not_again_in_the_next(model: Transformer) -> None:
     """32 requests with 128 common tokens and one own, then 32 others: far below 64 x 129 tokens of prefill."""
     common = [(5 * n + 3) % VOCAB for n in range(128)]

@@ -147,3 +147,11 @@ def test_a_request_that_cannot_be_is_refused(options: dict[str, Any], message: s
 def test_an_engine_without_rows_is_refused(max_rows: int) -> None:
     with pytest.raises(ValueError, match=f"max_rows = {max_rows} .*1 or more"):
         Engine(Scripted([3]), tokenizer(), max_rows)
+
+
+def test_a_stop_string_with_tokens_between_that_have_no_text() -> None:
+    words = tokenizer("x", "a", "b", "Ġon")
+    script = [2, 3, *[words.eos_id] * 15, 4, 5]  # x a </s> ... b: special tokens are not in the text
+    request = Request(prompt=[0], max_tokens=30, seed=0, request=0, temperature=0, stop_strings=("ab",))
+    (done,) = Engine(Scripted(script), words).generate([request])
+    assert (done.ids, done.finish) == ([2], "stop")
