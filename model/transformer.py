@@ -16,6 +16,7 @@ from bylaw.kernels.swiglu import swiglu
 from bylaw.model.config import ModelConfig
 from bylaw.model.rotary import inverse_frequencies, rotary_table
 
+HEAD_ROWS = 512  # of the head, in one product on a CPU
 Rotary = tuple[Tensor, Tensor]
 """cos and sin [T, D] of each token's position."""
 Attend = Callable[[int, Tensor, Tensor, Tensor, Rotary, int], Tensor]
@@ -142,9 +143,17 @@ class Transformer(nn.Module):
         Without gradient they are not rounded to 16 bits on the way, as they are not in the losses: a sampler must draw
         from what is trained.
         """
-        if hidden.element_size() == 2 and not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            return torch.nn.functional.linear(hidden, self.head_weight).float()
+        if hidden.element_size() == 2:
             return head_logits(hidden, self.head_weight)
-        return torch.nn.functional.linear(hidden, self.head_weight).float()
+        if hidden.device.type != "cpu" or hidden.dim() != 2:
+            return torch.nn.functional.linear(hidden, self.head_weight).float()
+        # For few rows, pieces of the head that stay in a core's cache are a quarter faster than all of it.
+        logits = hidden.new_empty(len(hidden), len(self.head_weight))
+        for piece, columns in zip(self.head_weight.split(HEAD_ROWS), logits.split(HEAD_ROWS, dim=1), strict=True):
+            torch.mm(hidden, piece.T, out=columns)
+        return logits.float()
 
 
 @torch.no_grad()

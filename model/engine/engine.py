@@ -20,6 +20,8 @@ from bylaw.model.settings import require
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 
+# Tokens of a stream: on a CPU, few enough that what lies between two products stays in its cache.
+CPU_TOKENS, GPU_TOKENS = 1024, 8192
 OnError = Literal["raise", "return"]
 
 
@@ -37,16 +39,19 @@ class Engine:
         max_rows: int = 64,
         *,
         cache_gib: float | None = None,
-        prefill_tokens: int = 8192,
+        prefill_tokens: int | None = None,
         graphs: bool = True,
     ) -> None:
         """`max_rows` requests run together; all keys and values take at most `cache_gib` GiB (None: 2 on a CPU, half of
-        what is free on a GPU); prompts and scores run as streams of `prefill_tokens` tokens, a longer text alone.
+        what is free on a GPU); prompts and scores run as streams of `prefill_tokens` tokens, a longer text alone (None:
+        1,024 on a CPU, 8,192 on a GPU).
 
         On a GPU, steps of decoding are captured as CUDA graphs, unless `graphs` is False or the parameters are shards.
         Without a `tokenizer` there are no stop strings. Raises ValueError for a setting out of range.
         """
         require(max_rows >= 1, "max_rows", max_rows, "1 or more")
+        if prefill_tokens is None:
+            prefill_tokens = CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
         require(prefill_tokens >= 1, "prefill_tokens", prefill_tokens, "1 or more")
         if cache_gib is not None:
             budget(model, cache_gib)

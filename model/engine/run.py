@@ -73,7 +73,8 @@ class Run:
             self._next(job, job.send(None))
         self._group()
         while self.waiting or self.readings or self.running:
-            self._admit()
+            while self._admit():
+                pass
             self._decode()
             self._read(self.late if any(row.drawing for row in self.running) else 0)
 
@@ -133,18 +134,19 @@ class Run:
         self.waiting = deque(sorted(self.waiting, key=lambda text: place[id(text)]))
         self.readings = dict(sorted(self.readings.items(), key=lambda item: place[id(item[1])]))
 
-    def _admit(self) -> None:
-        """Run one packed stream of what waits, if it is worth it: one for every free row would cost more."""
+    def _admit(self) -> bool:
+        """Run one packed stream of what waits, if it is worth it (one for every free row would cost more); whether."""
         free = self.rows - len(self.running)
         ready = len(self.going_on) + min(len(self.waiting), free) + len(self.readings)
         drawing = any(row.drawing for row in self.running)
         if not ready or (drawing and ready < max(1, self.rows // 8)):
-            return
+            return False
         begin = time.perf_counter()
         batch = self._plan(free)
         if batch is not None:
             self._prefill(batch)
         self.stats.prefill_seconds += time.perf_counter() - begin
+        return batch is not None
 
     def _plan(self, free: int) -> Batch | None:
         """A batch that there is memory for: the fewer new rows, the less it takes."""

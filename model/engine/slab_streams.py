@@ -131,6 +131,10 @@ class SlabStep:
         self.keys, self.values, self.tokens, self.users = keys, values, tokens, users
         self.positions, self.columns = torch.tensor(positions), torch.tensor(own)
         self.slots = torch.tensor(slots)
+        # Of each new head in the slab as a list of heads of tokens: one copy, where indexing would make many.
+        _, heads, columns, _ = keys[0].shape
+        rows = self.slots[:, None] * heads + torch.arange(heads)
+        self.places = (rows * columns + self.columns[:, None]).flatten()
         self.top, self.longest = max(slots) + 1, max(own) + 1
         # Rows that wait for their next turn lie between: their queries are nothing.
         self.gaps = self.top > len(slots)
@@ -142,8 +146,8 @@ class SlabStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int) -> Tensor:
         q, k = rope(q, k, *rotary)
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.slots, :, self.columns] = k
-        values[self.slots, :, self.columns] = v
+        for slab, new in ((keys, k), (values, v)):
+            slab.view(-1, slab.shape[3]).index_copy_(0, self.places, new.flatten(0, 1))
         dense = q.new_zeros(self.top, *q.shape[1:]).index_copy_(0, self.slots, q) if self.gaps else q
         rows = dense.unflatten(1, (k.shape[1], -1))  # [n, N_kv, group, D]
         keys, values = (x[: self.top, :, : self.longest] for x in (keys, values))
