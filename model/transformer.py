@@ -147,7 +147,7 @@ class Transformer(nn.Module):
             return torch.nn.functional.linear(hidden, self.head_weight).float()
         if hidden.element_size() == 2:
             return head_logits(hidden, self.head_weight)
-        if hidden.device.type != "cpu" or hidden.dim() != 2:
+        if hidden.device.type != "cpu" or hidden.dim() != 2 or len(self.head_weight) <= HEAD_ROWS:
             return torch.nn.functional.linear(hidden, self.head_weight).float()
         # For few rows, pieces of the head that stay in a core's cache are a quarter faster than all of it.
         logits = hidden.new_empty(len(hidden), len(self.head_weight))
