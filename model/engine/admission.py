@@ -29,10 +29,11 @@ class Batch:
         return [*self.rows, *self.forks]
 
     def cached(self) -> int:
-        """Tokens of the texts that are not computed for them: new segments are, once."""
+        """Tokens of the texts that are not computed for them, but new segments are, once."""
         shared = sum(length(path) for text, path in self.paths.items() if text not in self.forks)
         copied = sum(len(row.tokens) - 1 for row in self.forks)
-        return shared + copied - sum(len(segment.ids) for segment in self.segments)
+        kept = sum(row.kept for row in self.going_on)
+        return shared + copied + kept - sum(len(segment.ids) for segment in self.segments)
 
     def items(self) -> list[Item]:
         """The stream's pieces: segments, new rows, readings, then rows that go on."""

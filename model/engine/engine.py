@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,8 @@ class Engine:
     """Generates and scores with `model` as it is at the call: there is no copy of its weights.
 
     Keys and values of shared prefixes are kept between calls, for as long as the weights stay what they are. `stats`
-    counts what was done.
+    counts what was done. One call at a time: one from a script, a listener or another thread, in the middle of another,
+    raises RuntimeError.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Engine:
         self.stats = Stats()
         self.run: Run | None = None  # the call that is under way
         self._memory: Memory | None = None
+        self._free = Lock()
 
     def release(self) -> None:
         """Give all keys and values back; the next call takes memory anew."""
@@ -89,7 +92,7 @@ class Engine:
         "return" such a request has its ValueError in its place, and the others are done. Logits that are NaN or
         infinite end it all with a ValueError.
         """
-        return self._answers(requests, "request" if on_error == "raise" else None, progress, on_token)
+        return self._answers(requests, _named("request", on_error), progress, on_token)
 
     def score(
         self, queries: Sequence[Query | tuple[Any, Any]], *, progress: str | None = None, on_error: OnError = "raise"
@@ -100,7 +103,7 @@ class Engine:
         beginning share that. Errors as in `generate`.
         """
         asked = [Query(*query) for query in queries]
-        return self._answers(asked, "query" if on_error == "raise" else None, progress, None)
+        return self._answers(asked, _named("query", on_error), progress, None)
 
     def chain(self, scripts: Sequence[Script[Result]], *, progress: str | None = None) -> list[Result]:
         """Run scripts together, each at its own pace; returns what they return, in order.
@@ -114,7 +117,7 @@ class Engine:
 
         What the next prompt has in common with the text before stays in the cache. What cannot be done is thrown into
         the script as ValueError; if that, or another ValueError of its own, ends it, the other scripts are finished
-        first, and then it is raised.
+        first, and then it is raised (the first script's, if there are several). Any other error ends them all at once.
         """
         with self._phase():
             jobs = self._run(scripts, progress, None)
@@ -129,8 +132,9 @@ class Engine:
         Sums over a cached beginning add up in another order: a call after this has the same bits whether what came
         before was done by this process or by one that was killed.
         """
-        if self._memory is not None:
-            self._memory.index.begin(b"")
+        with self._alone():
+            if self._memory is not None:
+                self._memory.index.begin(b"")
 
     def check(self) -> None:
         """Raise AssertionError if memory or shared prefixes are not consistent. For tests; also while a call runs."""
@@ -141,8 +145,22 @@ class Engine:
     @contextmanager
     def _phase(self) -> Iterator[None]:
         """The weights whole, and as they are. Mistakes are told inside, so that ranks enter and leave together."""
-        with torch.inference_mode(False), torch.no_grad(), sampling_phase(self.model):
+        # Kernels are launched on the current device, whatever their tensors.
+        on_device = torch.cuda.device_of(self.model.embed.weight)
+        with self._alone(), on_device, torch.inference_mode(False), torch.no_grad(), sampling_phase(self.model):
             yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError(
+                "this engine is in the middle of a call; a script yields what it asks, and another thread waits or has "
+                "an engine of its own"
+            )
+        try:
+            yield
+        finally:
+            self._free.release()
 
     def _answers(
         self, asked: Sequence[Request | Query], name: str | None, progress: str | None, on_token: Listener | None
@@ -191,6 +209,12 @@ class Memory:
         """Memory for `rows` rows."""
         store = make_store(model, budget(model, cache_gib), rows)
         return cls(store, PrefixIndex(store.discard), make_decoder(model, store, rows, graphs))
+
+
+def _named(name: str, on_error: OnError) -> str | None:
+    """What a mistake is told by before work starts; None: each in its place."""
+    require(on_error in ("raise", "return"), "on_error", on_error, "raise, return")
+    return name if on_error == "raise" else None
 
 
 def _check(limits: Limits, asked: Sequence[Request | Query], name: str) -> None:

@@ -6,8 +6,10 @@ from step to step: which rows run, and new pages. What a kernel is given as a nu
 nothing in a step is a number but its sizes.
 """
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -35,9 +37,21 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # What other threads do with the GPU meanwhile, as a loader that pins memory, is no business of the capture.
         settings = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, **settings):
+        with torch.cuda.device(self.device), _uncollected(), torch.cuda.graph(graph, **settings):
             work()
         return graph.replay
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """The garbage collector waits: a graph that it found and destroyed meanwhile would break the capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class GraphDecoder:

@@ -1,15 +1,16 @@
 """Scripts on their way: what each asks next, and the rows in which its texts are continued."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from bylaw.model.engine.prefix import Path, length
-from bylaw.model.engine.request import Query, Request, Script
+from bylaw.model.engine.request import Request, Script
 
 
 @dataclass(eq=False)
 class Job:
-    """One script. `result` is what it returned; `error` what it ended with instead."""
+    """One script. Once it is `done`, `result` is what it returned, or `error` what it ended with instead."""
 
     index: int
     script: Script[Any]
@@ -17,15 +18,15 @@ class Job:
     error: ValueError | None = None
     done: bool = False
 
-    def send(self, answer: Any) -> Request | Query | None:
-        """Answer what it asked (None to begin); returns what it asks next, or None at its end."""
+    def send(self, answer: Any) -> Any:
+        """Answer what it asked (None to begin); returns what it asks next, None if it is done."""
         return self._go(lambda: self.script.send(answer))
 
-    def refuse(self, error: ValueError) -> Request | Query | None:
+    def refuse(self, error: ValueError) -> Any:
         """Tell it that what it asked cannot be done."""
         return self._go(lambda: self.script.throw(error))
 
-    def _go(self, step: Any) -> Request | Query | None:
+    def _go(self, step: Callable[[], Any]) -> Any:
         try:
             return step()
         except StopIteration as end:

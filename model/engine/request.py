@@ -1,6 +1,7 @@
 """What is asked of the engine, what it answers, and what it refuses before work starts."""
 
 import math
+from array import array
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -72,8 +73,10 @@ class Limits:
         """Raise ValueError for what cannot be done: the value, what is allowed, and what to change."""
         if isinstance(asked, Request):
             self._check_request(asked)
-        else:
+        elif isinstance(asked, tuple) and len(asked) == 2:
             self._check_query(*asked)
+        else:
+            raise ValueError(f"{asked!r:.80} was asked; allowed: a Request, or a Query of a prompt and its candidates")
 
     def _check_request(self, request: Request) -> None:
         length = len(request.prompt)
@@ -113,6 +116,10 @@ class Limits:
         self._check_ids("prompt", prompt)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab:
+        try:
+            array("q", ids)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"{name}: {error}; allowed: integers from 0 to {self.vocab - 1}") from error
+        if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab:
             bad = next(token for token in ids if not 0 <= token < self.vocab)
             raise ValueError(f"{name} holds the id {bad}; allowed: 0 to {self.vocab - 1}, the model's vocabulary")

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 
 Listener = Callable[[int, list[int]], None]
+
+
+class Unread(NamedTuple):
+    """What was drawn for rows, each with its epoch then, and whether by a step of decoding."""
+
+    rows: list[tuple[Row, int]]
+    drawn: Drawn
+    decoding: bool
 
 
 @dataclass(eq=False)
@@ -59,13 +67,15 @@ class Run:
     readings: dict[tuple[tuple[int, ...], int], Reading] = field(default_factory=dict)
     running: list[Row] = field(default_factory=list)  # by slot
     going_on: list[Row] = field(default_factory=list)  # of them, those that wait for their next turn
-    unread: deque[tuple[list[tuple[Row, int]], Drawn]] = field(default_factory=deque)
+    unread: deque[Unread] = field(default_factory=deque)
     asked: dict[Scored, Job] = field(default_factory=dict)
+    full: bool = False  # memory did not suffice for a text more, and nothing has ended since
 
     def __post_init__(self) -> None:
         self.draws = self.decoder.draws
         self.admission = Admission(self.store, self.index, self.tokens, self.stats)
         self.tickets = count()
+        self.since = time.perf_counter()
 
     def finish(self, jobs: Sequence[Job]) -> None:
         """Run all jobs to their end."""
@@ -78,20 +88,23 @@ class Run:
             self._decode()
             self._read(self.late if any(row.drawing for row in self.running) else 0)
 
-    def _next(self, job: Job, ask: Request | Query | None, row: Row | None = None) -> None:
+    def _next(self, job: Job, ask: Any, row: Row | None = None) -> None:
         """Queue what a script asks next; `row` is the one that its last text stands in."""
-        while ask is not None:
+        self.full = False
+        while not job.done:
             try:
                 self.limits.check(ask)
-                break
             except ValueError as error:
                 ask = job.refuse(error)
-        if ask is None and self.bar is not None:
+                continue
+            if isinstance(ask, Request):
+                return self._ask(job, ask, row)
+            query = Query(*ask)
+            if query.candidates:
+                return self._query(job, query)
+            ask = job.send([])
+        if self.bar is not None:
             self.bar.update()
-        if isinstance(ask, Request):
-            self._ask(job, ask, row)
-        elif ask is not None:
-            self._query(job, Query(*ask))
 
     def _ask(self, job: Job, request: Request, row: Row | None) -> None:
         keys = page_keys(request.prompt, self.index.version)
@@ -100,15 +113,11 @@ class Run:
         kept = row.common(request) if row is not None else 0
         if row is not None and kept > length(row.path) and kept >= length(self.index.find(keys)):
             row.turn(request, span, keys)
-            self.stats.cached_tokens += kept
             self.going_on.append(row)
         else:
             self._wait(Row(job, request, span, keys), first=row is not None)
 
     def _query(self, job: Job, query: Query) -> None:
-        if not query.candidates:
-            self._next(job, job.send([]))
-            return
         one = Scored(query)
         self.asked[one] = job
         for reading in readings(one):
@@ -139,13 +148,12 @@ class Run:
         free = self.rows - len(self.running)
         ready = len(self.going_on) + min(len(self.waiting), free) + len(self.readings)
         drawing = any(row.drawing for row in self.running)
-        if not ready or (drawing and ready < max(1, self.rows // 8)):
+        if not ready or (drawing and (self.full or ready < max(1, self.rows // 8))):
             return False
-        begin = time.perf_counter()
         batch = self._plan(free)
         if batch is not None:
             self._prefill(batch)
-        self.stats.prefill_seconds += time.perf_counter() - begin
+        self._lap(decoding=False)
         return batch is not None
 
     def _plan(self, free: int) -> Batch | None:
@@ -162,7 +170,8 @@ class Run:
                     break
                 count //= 2
             if any(row.drawing for row in self.running):
-                return None  # their ends will bring room
+                self.full = True  # their ends will bring room
+                return None
         assert self.running, "a text that the limits allow does not fit an empty cache"
         self._preempt()
         return None
@@ -211,7 +220,7 @@ class Run:
             self.draws.join([row.slot for row in rows], [row.request for row in rows], [row.drawn for row in rows])
             places = torch.tensor([end_of[batch.forks.get(row, row)] - 1 for row in rows])
             logits = self.model.logits(hidden[upload(places, hidden.device)])
-            self._drew(rows, self.draws.draw([row.slot for row in rows], logits))
+            self._drew(rows, self.draws.draw([row.slot for row in rows], logits), decoding=False)
             self._read(self.late)
 
     def _score(self, batch: Sequence[Reading], hidden: Tensor, end_of: dict[Row | Reading, int]) -> None:
@@ -224,13 +233,11 @@ class Run:
 
     def _decode(self) -> None:
         """One token more for every row that has one to draw."""
-        begin = time.perf_counter()
         self._make_room()
         rows = [row for row in self.running if row.drawing]
         if rows:
             slots = [row.slot for row in rows]
-            self._drew(rows, self.decoder.step(slots, [row.size - 1 for row in rows]))
-        self.stats.decode_seconds += time.perf_counter() - begin
+            self._drew(rows, self.decoder.step(slots, [row.size - 1 for row in rows]), decoding=True)
 
     def _make_room(self) -> None:
         while any(row.drawing and row.own > self.store.room(row.slot) for row in self.running):
@@ -238,19 +245,31 @@ class Run:
                 return
             self._preempt()
 
-    def _drew(self, rows: Sequence[Row], drawn: Drawn) -> None:
+    def _drew(self, rows: Sequence[Row], drawn: Drawn, decoding: bool) -> None:
         for row in rows:
             row.drawn += 1
         self.stats.row_steps += len(rows)
-        self.unread.append(([(row, row.epoch) for row in rows], drawn))
+        self.stats.decoded_tokens += len(rows) if decoding else 0
+        self.unread.append(Unread([(row, row.epoch) for row in rows], drawn, decoding))
+        self._lap(decoding)
 
     def _read(self, leave: int) -> None:
         """Take in what was drawn, but for the newest `leave` steps."""
         while len(self.unread) > leave:
-            rows, drawn = self.unread.popleft()
-            for (row, epoch), token, logprob in zip(rows, *drawn.lists(), strict=True):
+            step = self.unread.popleft()
+            for (row, epoch), token, logprob in zip(step.rows, *step.drawn.lists(), strict=True):
                 if row.epoch == epoch:
                     self._take(row, token, logprob)
+            self._lap(step.decoding)
+
+    def _lap(self, decoding: bool) -> None:
+        """Count the time since the last lap as decoding or as prefill. On a GPU, most of it is the wait for a draw."""
+        now = time.perf_counter()
+        if decoding:
+            self.stats.decode_seconds += now - self.since
+        else:
+            self.stats.prefill_seconds += now - self.since
+        self.since = now
 
     def _take(self, row: Row, token: int, logprob: float) -> None:
         if token < 0:  # how the kernel reports it; the reference has raised by itself
@@ -274,6 +293,7 @@ class Run:
 
     def _leave(self, row: Row) -> None:
         """Free the row's slot: the last one takes its place."""
+        self.full = False
         self.admission.leave(row)
         last = self.running.pop()
         if last is not row:
@@ -285,16 +305,17 @@ class Run:
 
     def _preempt(self) -> None:
         """Put the row that came last back in the queue: what it has drawn is computed again when it is its turn."""
-        self._read(0)
-        if not self.running:
+        if self.unread:  # texts that have ended already may bring room enough
+            self._read(0)
             return
         row = max(self.running, key=lambda row: row.ticket)
         if row.parked:
             self.going_on.remove(row)
+        else:
+            self.stats.prompt_tokens += len(row.tokens)
         self._leave(row)
         row.again()
         if not self.running:
             row.keys = []  # alone, and still too long: without shared pages there is room for it
         self._wait(row, first=True)
         self.stats.preemptions += 1
-        self.stats.prompt_tokens += len(row.tokens)

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """Counts over an engine's life; assign a new one to begin again. Seconds are of the host's clock."""
+    """Counts over an engine's life; assign a new one to begin again.
+
+    Seconds are of the host's clock, with its wait for what a GPU has drawn.
+    """
 
     prompt_tokens: int = 0
-    """Tokens of prompts as asked, and of rows that were preempted as they are asked again."""
+    """Tokens of prompts as asked, and of rows that were preempted, whose tokens are asked again."""
     cached_tokens: int = 0
     """Of them, those whose keys and values were there already or came from another row of the same batch."""
     prefill_tokens: int = 0
@@ -17,6 +20,8 @@ class Stats:
     """Tokens that were given back."""
     row_steps: int = 0
     """Tokens drawn, with those that were thrown away: behind a stop, or in a preempted row's last step."""
+    decoded_tokens: int = 0
+    """Of them, those drawn by steps of decoding; a prompt gives the first one of its text."""
     scored: int = 0
     """Candidates scored."""
     preemptions: int = 0
@@ -43,5 +48,5 @@ class Stats:
 
     @property
     def decode_rate(self) -> float:
-        """Drawn tokens per second of decoding."""
-        return self.row_steps / max(1e-9, self.decode_seconds)
+        """Tokens per second in steps of decoding."""
+        return self.decoded_tokens / max(1e-9, self.decode_seconds)

@@ -156,11 +156,26 @@ def test_scripts_that_ask_nothing_once_or_never_end_differently(plain: Transform
     assert (told[0], told[2]) == ("nothing", "nothing") and len(told[1]) == 1
 
 
+def test_a_script_may_ask_nothing_many_times(plain: Transformer) -> None:
+    def patient() -> Script:
+        answers = []
+        for _ in range(3000):  # beyond Python's depth of calls
+            answers.append((yield Query([], [])))
+        return answers, (yield ask([3], 1))
+
+    answers, done = Engine(plain).chain([patient()])[0]
+    assert answers == [[]] * 3000
+    assert_same([done], alone(plain, [ask([3], 1)]))
+
+
 BAD: dict[str, Any] = {
     "too long": Request(prompt=[3] * CONTEXT, max_tokens=1, seed=0, request=0),
     "empty": Request(prompt=[], max_tokens=1, seed=0, request=0),
     "unknown stop": Request(prompt=[3], max_tokens=1, seed=0, request=0, stop_ids=(VOCAB,)),
     "query": Query([3], [[]]),
+    "nothing": None,
+    "a number": 5,
+    "a prompt": [3, 4],
 }
 
 
@@ -202,6 +217,30 @@ def test_a_script_that_does_not_catch_it_raises_when_the_others_are_done(plain: 
     assert sorted(ended) == [1, 2, 3]
     engine.check()
     assert_same(engine.chain([revise(1, 2)])[0], Engine(plain).chain([revise(1, 2)])[0])
+
+
+@pytest.mark.parametrize("call", ["generate", "score", "chain", "forget"])
+def test_a_call_in_the_middle_of_another_is_refused(plain: Transformer, call: str) -> None:
+    """It would stand in the other's rows; a thread's call comes in the middle just so."""
+    engine = Engine(plain)
+    calls = {
+        "generate": lambda: engine.generate([ask([3], 9)]),
+        "score": lambda: engine.score([Query([3], [[4]])]),
+        "chain": lambda: engine.chain([revise(1, 1)]),
+        "forget": engine.forget,
+    }
+
+    def meddles() -> Script:
+        done = yield ask(COMMON, 1)
+        with pytest.raises(RuntimeError, match="in the middle of a call"):
+            calls[call]()
+        return done, (yield ask([*COMMON, *done.ids, 7], 2))
+
+    (done, after), said = engine.chain([meddles(), revise(2, 3)])
+    assert_same([done, after], alone(plain, [ask(COMMON, 1), ask([*COMMON, *done.ids, 7], 2)]))
+    assert_same(said, Engine(plain).chain([revise(2, 3)])[0])
+    calls[call]()
+    engine.check()
 
 
 class Interrupted(Exception):

@@ -182,6 +182,19 @@ def test_a_cache_of_no_page_is_refused(model: Transformer, gib: float) -> None:
         Engine(model, cache_gib=gib)
 
 
+def test_an_unknown_way_with_errors_is_refused(model: Transformer) -> None:
+    with pytest.raises(ValueError, match="on_error = 'ignore' is not possible; allowed: raise, return"):
+        Engine(model).generate([ask([1])], on_error="ignore")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", [[1.5], [2**70], ["a"]])
+def test_a_prompt_of_no_ids_has_its_error_in_its_place(model: Transformer, prompt: list[Any]) -> None:
+    good = ask(ids(3))
+    bad, done = Engine(model).generate([ask(prompt), good], on_error="return")
+    assert isinstance(bad, ValueError) and "allowed: integers from 0 to" in str(bad)
+    assert_same([done], Engine(model).generate([good]))
+
+
 def test_a_stream_of_no_token_is_refused(model: Transformer) -> None:
     with pytest.raises(ValueError, match=r"prefill_tokens = 0 .*1 or more"):
         Engine(model, prefill_tokens=0)

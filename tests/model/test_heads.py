@@ -6,7 +6,7 @@ import torch
 from bylaw.model.config import ModelConfig
 from bylaw.model.heads import scalar_model
 from bylaw.model.packing import pack
-from bylaw.model.transformer import Transformer, initialize
+from bylaw.model.transformer import HEAD_ROWS, Transformer, initialize
 
 TEXTS = [[3, 4, 5, 6, 7], [8], [9, 3, 3]]
 
@@ -92,3 +92,18 @@ def test_sampled_logits_of_a_16_bit_model_are_not_rounded() -> None:
         logits = model.logits(hidden)
     assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden.float() @ model.head_weight.float().T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_logits_of_a_head_that_is_larger_than_a_piece(rows: int) -> None:
+    config = ModelConfig(
+        family="llama", vocab_size=2 * HEAD_ROWS + 7, hidden_size=8, intermediate_size=4, num_layers=1, num_heads=2,
+        num_kv_heads=1, head_dim=4, max_position_embeddings=16, initializer_range=0.3,
+    )  # fmt: skip
+    model = initialize(Transformer(config), seed=0)
+    hidden = torch.randn(rows, 8, generator=torch.Generator().manual_seed(1))
+    expected = hidden.double() @ model.head_weight.detach().double().T
+    with torch.no_grad():
+        logits = model.logits(hidden)
+    torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.logits(hidden).double(), expected, atol=1e-5, rtol=0)
