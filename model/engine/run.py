@@ -135,13 +135,18 @@ class Run:
         (self.waiting.appendleft if first else self.waiting.append)(row)
 
     def _group(self) -> None:
-        """Texts with the same beginning one behind the other, in the order of the first of each."""
+        """Texts with the same beginning one behind the other, in the order of the first of each; among like ones those
+        that may draw most tokens first, so that no few long ones are left at the end.
+        """
         rank: dict[bytes, int] = {}
-        place: dict[int, list[int]] = {}
-        for text in (*self.waiting, *self.readings.values()):
-            place[id(text)] = [rank.setdefault(key, len(rank)) for key in text.keys]
-        self.waiting = deque(sorted(self.waiting, key=lambda text: place[id(text)]))
-        self.readings = dict(sorted(self.readings.items(), key=lambda item: place[id(item[1])]))
+
+        def place(text: Row | Reading) -> list[int]:
+            return [rank.setdefault(key, len(rank)) for key in text.keys if self.index.wanted[key] > 1]
+
+        places = {row: (place(row), -row.request.max_tokens) for row in self.waiting}
+        self.waiting = deque(sorted(self.waiting, key=places.__getitem__))
+        ranks = {reading: place(reading) for reading in self.readings.values()}
+        self.readings = dict(sorted(self.readings.items(), key=lambda item: ranks[item[1]]))
 
     def _admit(self) -> bool:
         """Run one packed stream of what waits, if it is worth it (one for every free row would cost more); whether."""
