@@ -16,7 +16,7 @@ from bylaw.kernels import attention_library, flash
 from bylaw.kernels.backend import choose
 from bylaw.kernels.layout import Bucket, Layout, make_buckets, plan
 
-__all__ = ["Layout", "attention", "decode_attention", "plan", "reference", "to_dense"]
+__all__ = ["Layout", "attention", "plan", "reference", "to_dense"]
 LARGEST_HEAD = 256  # of our kernels
 
 
@@ -83,20 +83,3 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
     mask = (distance >= 0) & (distance < window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
-    """One new query per row over its cache: `q` [B, Nq, D], `keys` and `values` [B, Nkv, S, D], `lengths` [B].
-
-    Row b sees its first lengths[b] cache entries (the newest is the query's own), the last `window` of them if window >
-    0. Returns [B, Nq, D].
-    """
-    rows, heads, head_dim = q.shape
-    slots = torch.arange(keys.shape[2], device=q.device)
-    seen = slots[None, :] < lengths[:, None]  # [B, S]
-    if window > 0:
-        seen = seen & (slots[None, :] >= lengths[:, None] - window)
-    # The query heads of one group stand as rows of one small matrix, so that their shared keys are read once.
-    grouped = q.view(rows, keys.shape[1], heads // keys.shape[1], head_dim)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None, :])
-    return out.reshape(rows, heads, head_dim)

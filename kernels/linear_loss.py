@@ -2,16 +2,16 @@
 
 With z_t = W h_t / temperature, p_t = softmax(z_t), log-prob l_t = log p_t[y_t] and entropy H_t = -sum p_t log p_t:
 
-    loss = sum_t  nll_t (-l_t) + clipped policy loss(l_t, old_t, A_t) - entropy_t H_t + kl_t k3(l_t, reference_t)
+    loss = sum_t  nll_t (-l_t) + clipped policy loss(l_t, old_t, A_t) - entropy_t H_t + kl_t k(l_t, reference_t)
 
-Each term is a function of per-token log-probs (kernels/policy_loss.py), so a token's derivatives by l_t and H_t are
-known as soon as its logits are, and a row kernel writes over them
+with k one of the estimators k2 and k3. Each term is a function of per-token log-probs (kernels/policy_loss.py and
+kl.py), so a token's derivatives by l_t and H_t are known as soon as its logits are, and a row kernel writes over them
 
     dloss / dlogit_j = [dloss/dl (delta_j - p_j) - dloss/dH p_j (log p_j + H)] / temperature
 """
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bylaw.kernels.backend import choose
+from bylaw.kernels.kl import KL_ESTIMATORS, kl_k2_terms, kl_k3_terms
 from bylaw.kernels.launch import accumulator, config
 from bylaw.kernels.linear_head import (
     LOGITS_BYTES,
@@ -33,7 +34,7 @@ from bylaw.kernels.linear_head import (
     wanted_gradients,
     wide,
 )
-from bylaw.kernels.policy_loss import Clip, clip_bounds, clipped_policy, kl_k3, kl_k3_terms, policy_terms
+from bylaw.kernels.policy_loss import Clip, clip_bounds, clipped_policy, policy_terms
 from bylaw.kernels.softmax import IGNORE, LEAST, LN_2, add_logits, bounded_temperature, exponent_scale, finish
 
 
@@ -49,7 +50,7 @@ class TokenLoss(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The terms of the loss: columns [T], constants, None where a term is absent; and the bounds of the ratio."""
+    """The terms of the loss: columns [T], constants, None where a term is absent; and its settings."""
 
     nll: Tensor | None = None
     old_logprobs: Tensor | None = None
@@ -59,6 +60,8 @@ class Terms(NamedTuple):
     kl: Tensor | None = None
     low: float = 1.0
     high: float = 1.0
+    dual: float = float("inf")
+    kl_estimator: str = "k3"
 
     def at(self, tokens: Tensor) -> "Terms":
         return Terms._make(x[tokens] if isinstance(x, Tensor) else x for x in self)
@@ -73,9 +76,11 @@ def linear_loss(
     old_logprobs: Tensor | None = None,
     advantages: Tensor | None = None,
     clip: Clip = 0.2,
+    dual_clip: float | None = None,
     entropy: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
     kl: Tensor | None = None,
+    kl_estimator: Literal["k2", "k3"] = "k3",
     temperature: float = 1.0,
     ignore_index: int | None = IGNORE,
     logits_bytes: int = LOGITS_BYTES,
@@ -85,21 +90,23 @@ def linear_loss(
 
     `nll`, `advantages`, `entropy` and `kl` are coefficients [T], None for a term that is absent; `advantages` need
     `old_logprobs` [T] and `kl` needs `reference_logprobs` [T]. All are constants: only `hidden` and `weight` get a
-    gradient. `clip` is that of `policy_loss`.
+    gradient. `clip` and `dual_clip` are those of `policy_loss`, and importance weights go into `advantages` as there.
+    `kl_estimator` is what `kl` weighs. Over tokens drawn from the policy, the gradient of k2 has as its mean that of
+    KL(policy, reference), and k3's that of KL(reference, policy).
 
     Tokens whose target is `ignore_index` take part in nothing and cost nothing, but to find them the host waits for the
     device once; `ignore_index=None` says that there are none, and nothing waits. The kernels take beyond inputs and
     gradients: logits of at most `logits_bytes` (of one token at least), and one [V, H] in float32 if `weight` wants a
     gradient. Their logits are float32 whatever the dtype; the reference's have the dtype of `hidden`.
 
-    Raises ValueError for shapes or dtypes that do not fit, half a term or none, a temperature, clip or budget that is
-    not above 0, a backend that cannot run there, and on a CPU a target outside 0 to V - 1; on a GPU, where looking
-    would be waiting, such a target makes the loss NaN.
+    Raises ValueError for shapes or dtypes that do not fit, half a term or none, an estimator that is unknown, a
+    temperature, clip or budget not above 0, a dual clip not above 1, a backend that cannot run there, and on a CPU a
+    target outside 0 to V - 1; on a GPU, where looking would be waiting, such a target makes the loss NaN.
     """
     check_head(hidden, weight, targets, temperature, logits_bytes)
     columns = nll, old_logprobs, advantages, entropy, reference_logprobs, kl
     constants = (None if x is None else x.detach().to(wide(hidden)) for x in columns)
-    terms = Terms._make((*constants, *clip_bounds(clip)))
+    terms = Terms._make((*constants, *clip_bounds(clip, dual_clip), kl_estimator))
     _check(terms, len(targets))
     if choose("linear_loss", backend, hidden) == "reference":
         return reference(hidden, weight, targets, terms, temperature, ignore_index, logits_bytes)
@@ -136,17 +143,18 @@ def token_losses(logprobs: Tensor, entropy: Tensor | None, terms: Terms) -> Tens
     if terms.nll is not None:
         losses.append(terms.nll * -logprobs)
     if terms.advantages is not None and terms.old_logprobs is not None:
-        losses.append(clipped_policy(logprobs, terms.old_logprobs, terms.advantages, terms.low, terms.high)[0])
+        bounds = terms.low, terms.high, terms.dual
+        losses.append(clipped_policy(logprobs, terms.old_logprobs, terms.advantages, *bounds)[0])
     if terms.entropy is not None and entropy is not None:
         losses.append(-terms.entropy * entropy)
     if terms.kl is not None and terms.reference_logprobs is not None:
-        losses.append(terms.kl * kl_k3(logprobs, terms.reference_logprobs))
+        losses.append(terms.kl * KL_ESTIMATORS[terms.kl_estimator](logprobs, terms.reference_logprobs))
     return reduce(torch.add, losses)
 
 
 @triton.jit
 def token_terms(
-    logprob, entropy, token, nll, old_logprobs, advantages, entropy_weights, reference_logprobs, kl, low, high
+    logprob, entropy, token, nll, old_logprobs, advantages, entropy_weights, references, kl, low, high, dual, K2
 ):
     """`token_losses` for one token, with the derivatives by its log-prob and by its entropy."""
     loss = logprob * 0
@@ -159,15 +167,18 @@ def token_terms(
         by_logprob -= weight
     if advantages is not None:
         old, advantage = tl.load(old_logprobs + token).to(ACC), tl.load(advantages + token).to(ACC)
-        value, slope, _, _ = policy_terms(logprob, old, advantage, low, high)
+        value, slope, _, _, _ = policy_terms(logprob, old, advantage, low, high, dual)
         loss += value
         by_logprob += slope
     if entropy_weights is not None:
         by_entropy -= tl.load(entropy_weights + token).to(ACC)
         loss += by_entropy * entropy
     if kl is not None:
-        weight = tl.load(kl + token).to(ACC)
-        value, slope = kl_k3_terms(logprob, tl.load(reference_logprobs + token).to(ACC))
+        weight, other = tl.load(kl + token).to(ACC), tl.load(references + token).to(ACC)
+        if K2:
+            value, slope = kl_k2_terms(logprob, other)
+        else:
+            value, slope = kl_k3_terms(logprob, other)
         loss += weight * value
         by_logprob += weight * slope
     return loss, by_logprob, by_entropy
@@ -183,7 +194,7 @@ def _rows_kernel(
     old_logprobs,
     advantages,
     entropy_weights,
-    reference_logprobs,
+    references,
     kl,
     losses,
     logprobs,
@@ -194,7 +205,9 @@ def _rows_kernel(
     gradient_stride,
     low: np.float64,
     high: np.float64,
+    dual: np.float64,
     temperature: np.float64,
+    K2: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -216,9 +229,9 @@ def _rows_kernel(
     target = tl.load(targets + token)
     chosen = tl.load(logits + target, (target >= 0) & (target < SIZE), other=float("nan"))
     logprob = (chosen - top) / temperature - log_total
-    low, high = tl.full((), low, ACC), tl.full((), high, ACC)
+    low, high, dual = tl.full((), low, ACC), tl.full((), high, ACC), tl.full((), dual, ACC)
     loss, by_logprob, by_entropy = token_terms(
-        logprob, entropy, token, nll, old_logprobs, advantages, entropy_weights, reference_logprobs, kl, low, high
+        logprob, entropy, token, nll, old_logprobs, advantages, entropy_weights, references, kl, low, high, dual, K2
     )
     tl.store(logprobs + token, logprob)
     if losses is not None:
@@ -266,12 +279,13 @@ def run_rows(
 
     `outs`: losses, log-probs and entropies [T], written at those tokens. `gradient`: whether logits become theirs.
     """
-    *columns, low, high = terms
+    *columns, low, high, dual, kl_estimator = terms
     written = head.gradient if gradient else None
     strides = head.buffer.stride(0), 0 if written is None else written.stride(0)
     arguments = [head.buffer, written, places, targets, *columns, *outs, tokens.start, len(head.weight), *strides]
-    arguments += [low, high, bounded_temperature(temperature)]
-    settings = {"ACC": accumulator(head.hidden.dtype), **config("linear_loss", head.hidden.device)}
+    arguments += [low, high, dual, bounded_temperature(temperature)]
+    k2 = terms.kl is not None and kl_estimator == "k2"  # without the term one variant does for both
+    settings = {"K2": k2, "ACC": accumulator(head.hidden.dtype), **config("linear_loss", head.hidden.device)}
     _rows_kernel[(tokens.stop - tokens.start,)](*arguments, **settings)
 
 
@@ -288,6 +302,8 @@ def _forward(
     kl: Tensor | None,
     low: float,
     high: float,
+    dual: float,
+    kl_estimator: str,
     temperature: float,
     ignore_index: int | None,
     logits_bytes: int,
@@ -296,7 +312,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, log-probs, entropies, and the gradients of `hidden` and `weight` (wide); what is not wanted is empty."""
     columns = nll, old_logprobs, advantages, entropy, reference_logprobs, kl
-    terms = Terms._make((*(None if x is None else x.contiguous() for x in columns), low, high))
+    constants = (None if x is None else x.contiguous() for x in columns)
+    terms = Terms._make((*constants, low, high, dual, kl_estimator))
     places = _kept(targets, ignore_index)
     count = len(targets) if places is None else len(places)
     head = Head(hidden, weight, count, logits_bytes, (want_hidden, want_weight))
@@ -329,6 +346,8 @@ def _(
     kl: Tensor | None,
     low: float,
     high: float,
+    dual: float,
+    kl_estimator: str,
     temperature: float,
     ignore_index: int | None,
     logits_bytes: int,
@@ -367,5 +386,7 @@ def _check(terms: Terms, tokens: int) -> None:
     for one, other in (("advantages", "old_logprobs"), ("kl", "reference_logprobs")):
         if (one in columns) != (other in columns):
             raise ValueError(f"of {one} and {other} only one is given; allowed: both or neither")
+    if terms.kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator is {terms.kl_estimator!r}; allowed: {', '.join(KL_ESTIMATORS)}")
     if not columns:
         raise ValueError("the loss has no term; give nll, advantages, entropy or kl")

@@ -1,8 +1,7 @@
-"""PPO's clipped losses for policy and value, and estimators of the KL divergence, on per-token log-probs.
+"""PPO's clipped losses for policy and value, on per-token log-probs and values.
 
-PPO: Schulman et al. 2017, arXiv 1707.06347, equation 7. Value clipping: Huang et al. 2022, "The 37
-Implementation Details of Proximal Policy Optimization", detail 9. KL estimators: Schulman 2020, "Approximating KL
-Divergence".
+PPO: Schulman et al. 2017, arXiv 1707.06347, equation 7. Dual clip: Ye et al. 2020, arXiv 1912.09729, equation 5. Value
+clipping: Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization", detail 9.
 
 Losses are sums over the tokens given, divided by a denominator that the trainer takes over the whole optimiser step
 (all ranks, all micro-batches), so how a batch is cut up changes nothing. Statistics add up in the same way: each is a
@@ -19,14 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bylaw.kernels.backend import choose
+from bylaw.kernels.kl import LIMIT, LOG_RATIO_LIMIT, kl_k1, kl_k3, kl_k3_terms, limited
 from bylaw.kernels.launch import accumulator, config
 
 Stats = dict[str, Tensor]
 Clip = float | tuple[float, float]
-LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: far past any clip, far below overflow
-LIMIT: tl.constexpr = tl.constexpr(LOG_RATIO_LIMIT)
 # A statistic is a sum over tokens, or a maximum if its name ends in `_max`; maxima stand last.
-POLICY_STATS = ("tokens", "approx_kl_k1", "approx_kl_k3", "clip_fraction", "ratio", "ratio_max", "ratio_gap_max")
+POLICY_SUMS = ("tokens", "approx_kl_k1", "approx_kl_k3", "clip_fraction", "dual_clip_fraction", "ratio")
+POLICY_STATS = (*POLICY_SUMS, "ratio_max", "ratio_gap_max")
 VALUE_STATS = ("tokens", "value_clip_fraction", "value_error")
 
 
@@ -36,37 +35,49 @@ def policy_loss(
     advantages: Tensor,
     clip: Clip,
     denominator: float | Tensor,
+    dual_clip: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Stats]:
     """sum_t -min(ratio_t A_t, clamp(ratio_t, 1 - clip, 1 + clip) A_t) / denominator, ratio = exp(new - old log-prob).
 
     `logprobs`, `old_logprobs` and `advantages` are [T], the latter two constants; the loss is a scalar. A pair
-    (low, high) clips to 1 - low and 1 + high (Yu et al. 2025, arXiv 2503.14476, section 3.1). The log-ratio is clamped
-    to +-20 before exp; a token past that has no gradient. Statistics: `tokens`, `approx_kl_k1` and `approx_kl_k3` (old
-    policy to new), `clip_fraction` (tokens where the clip cuts the gradient off), `ratio`, `ratio_max`, and
-    `ratio_gap_max`, the largest |ratio - 1|, which is 0 at the first minibatch. Raises ValueError for shapes that
-    differ, for a clip or denominator that is not above 0 (one in a tensor is not read, to spare a device the wait), and
-    for a backend that cannot run there.
+    (low, high) clips to 1 - low and 1 + high (Yu et al. 2025, arXiv 2503.14476, section 3.1). With `dual_clip`, often
+    3, the loss of a negative advantage is at most -dual_clip A_t. The log-ratio is clamped to +-20 before exp; a token
+    past that has no gradient. A truncated importance weight w >= 0 of a token goes into `advantages`, as w A: its loss
+    is then w times what it was.
+
+    Statistics: `tokens`, `approx_kl_k1` and `approx_kl_k3` (old policy to new), `clip_fraction` and
+    `dual_clip_fraction` (tokens where the one or the other clip cuts the gradient off, never both), `ratio`,
+    `ratio_max`, and `ratio_gap_max`, the largest |ratio - 1|, which is 0 at the first minibatch. Raises ValueError for
+    shapes that differ, for a clip or denominator that is not above 0 (one in a tensor is not read, to spare a device
+    the wait), a dual clip that is not above 1, and for a backend that cannot run there.
     """
-    low, high = clip_bounds(clip)
+    low, high, dual = clip_bounds(clip, dual_clip)
     _check(denominator, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     if choose("policy_loss", backend, logprobs) == "reference":
-        return reference(logprobs, old_logprobs, advantages, clip, denominator)
-    loss, _, totals = _policy(logprobs, old_logprobs, advantages, low, high)
+        return reference(logprobs, old_logprobs, advantages, clip, denominator, dual_clip)
+    loss, _, totals = _policy(logprobs, old_logprobs, advantages, low, high, dual)
     return loss / denominator, dict(zip(POLICY_STATS, totals[1:].unbind(), strict=True))
 
 
 def reference(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip, denominator: float | Tensor
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip: Clip,
+    denominator: float | Tensor,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Stats]:
     """`policy_loss` in plain torch."""
-    losses, ratio, cut = clipped_policy(logprobs, old_logprobs, advantages, *clip_bounds(clip))
+    bounds = clip_bounds(clip, dual_clip)
+    losses, ratio, cut, dual_cut = clipped_policy(logprobs, old_logprobs, advantages, *bounds)
     with torch.no_grad():
         stats = {
             "tokens": _total(torch.ones_like(ratio)),
             "approx_kl_k1": _total(kl_k1(old_logprobs, logprobs)),
             "approx_kl_k3": _total(kl_k3(old_logprobs, logprobs)),
             "clip_fraction": _total(cut),
+            "dual_clip_fraction": _total(dual_cut),
             "ratio": _total(ratio),
             "ratio_max": _largest(ratio),
             "ratio_gap_max": _largest((ratio - 1).abs()),
@@ -75,21 +86,31 @@ def reference(
 
 
 def clipped_policy(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token: the loss -min(ratio A, clamp(ratio, low, high) A), the ratio, and whether the clip cuts it off."""
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float, dual: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per token: the loss -min(ratio A, clamp(ratio, low, high) A), for A < 0 at most -dual A; the ratio; and whether
+    the clip, and whether the dual clip, cuts it off.
+    """
     ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     gain = ratio * advantages
     clipped_gain = ratio.clamp(low, high) * advantages
-    return -torch.minimum(gain, clipped_gain), ratio.detach(), clipped_gain < gain
+    least_gain = dual * advantages
+    dual_cut = (advantages < 0) & (least_gain > gain)
+    bounded_gain = torch.where(dual_cut, least_gain, torch.minimum(gain, clipped_gain))
+    return -bounded_gain, ratio.detach(), clipped_gain < gain, dual_cut
 
 
-def clip_bounds(clip: Clip) -> tuple[float, float]:
-    """The ratios that `clip` allows, (1 - low, 1 + high). Raises ValueError for a clip that is not above 0."""
+def clip_bounds(clip: Clip, dual_clip: float | None = None) -> tuple[float, float, float]:
+    """The ratios that are allowed: from 1 - low, to 1 + high, and for a negative advantage to the dual clip.
+
+    Raises ValueError for a clip that is not above 0, and for a dual clip that is not above 1.
+    """
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     if not (low > 0 and high > 0):
         raise ValueError(f"clip is {clip}; allowed: above 0, or a pair (low, high) of such")
-    return 1.0 - low, 1.0 + high
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip is {dual_clip}; allowed: above 1, such as 3, or None for none")
+    return 1.0 - low, 1.0 + high, float("inf") if dual_clip is None else float(dual_clip)
 
 
 def value_loss(
@@ -130,25 +151,6 @@ def value_reference(
             "value_error": _total(error),
         }
     return loss, stats
-
-
-def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token log(policy / reference), for tokens drawn from the policy: unbiased, of either sign, not clamped."""
-    return logprobs - reference_logprobs
-
-
-def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token log(policy / reference)^2 / 2: biased, never negative. As a loss, its gradient is that of the KL."""
-    return 0.5 * kl_k1(logprobs, reference_logprobs).square()
-
-
-def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token (r - 1) - log r for r = reference / policy: unbiased, never negative, of low variance.
-
-    log r is clamped to +-20 before exp, as in `policy_loss`. expm1 keeps the digits where policy and reference agree.
-    """
-    log_r = (reference_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_r.expm1() - log_r
 
 
 def merge_stats(parts: Iterable[Mapping[str, Tensor]]) -> Stats:
@@ -194,33 +196,17 @@ def _check(denominator: float | Tensor, **columns: Tensor) -> None:
 
 
 @triton.jit
-def policy_terms(logprob, old_logprob, advantage, low, high):
-    """Per token, as `clipped_policy`: loss, its derivative by the log-prob, ratio, whether the clip cuts it off."""
+def policy_terms(logprob, old_logprob, advantage, low, high, dual):
+    """Per token, as `clipped_policy`: loss, its derivative by the log-prob, ratio, and which of the clips cuts."""
     gap = logprob - old_logprob
-    ratio = tl.exp(_limited(gap))
+    ratio = tl.exp(limited(gap))
     gain = ratio * advantage
-    clipped_gain = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
-    cut = clipped_gain < gain
-    slope = tl.where(cut | (tl.abs(gap) > LIMIT), 0.0, -gain)
-    return -tl.where(cut, clipped_gain, gain), slope, ratio, cut
-
-
-@triton.jit
-def kl_k3_terms(logprob, reference_logprob):
-    """Per token: `kl_k3` and its derivative by the log-prob."""
-    gap = reference_logprob - logprob
-    log_r = _limited(gap)
-    # Triton has no expm1. exp(x) - 1 - x = x^2 / 2 (1 + x / 3 (1 + x / 4 (...))), to float64's last digits below 1.
-    series = log_r * 0 + 1
-    for i in tl.static_range(17):  # type: ignore[attr-defined]
-        series = 1 + series * log_r / (19 - i)
-    k3 = tl.where(tl.abs(log_r) < 1, 0.5 * log_r * log_r * series, tl.exp(log_r) - 1 - log_r)
-    return k3, tl.where(tl.abs(gap) > LIMIT, 0.0, -(k3 + log_r))
-
-
-@triton.jit
-def _limited(x):
-    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+    below = tl.where(ratio > dual, dual, tl.where(ratio < low, low, ratio))
+    bounded_gain = tl.where(advantage < 0, below, tl.where(ratio > high, high, ratio)) * advantage
+    cut, dual_cut = bounded_gain < gain, bounded_gain > gain
+    off = cut | dual_cut
+    slope = tl.where(off | (tl.abs(gap) > LIMIT), 0.0, -gain)
+    return -tl.where(off, bounded_gain, gain), slope, ratio, cut, dual_cut
 
 
 @triton.jit
@@ -238,6 +224,7 @@ def _policy_kernel(
     size,
     low: np.float64,
     high: np.float64,
+    dual: np.float64,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -246,7 +233,8 @@ def _policy_kernel(
     new = tl.load(logprobs + tokens, inside, other=0).to(ACC)
     old = tl.load(old_logprobs + tokens, inside, other=0).to(ACC)
     advantage = tl.load(advantages + tokens, inside, other=0).to(ACC)
-    loss, slope, ratio, cut = policy_terms(new, old, advantage, tl.full((), low, ACC), tl.full((), high, ACC))
+    low, high, dual = tl.full((), low, ACC), tl.full((), high, ACC), tl.full((), dual, ACC)
+    loss, slope, ratio, cut, dual_cut = policy_terms(new, old, advantage, low, high, dual)
     k3, _ = kl_k3_terms(old, new)
     tl.store(slopes + tokens, slope.to(slopes.dtype.element_ty), inside)
     # Places outside have the ratio 1, and 0 in everything else.
@@ -257,10 +245,11 @@ def _policy_kernel(
     tl.store(partials + programs, tl.sum(inside.to(tl.float64)))
     tl.store(partials + 2 * programs, tl.sum((old - new).to(tl.float64)))
     tl.store(partials + 3 * programs, tl.sum(k3.to(tl.float64)))
-    tl.store(partials + 4 * programs, tl.sum(cut.to(tl.float64)))
-    tl.store(partials + 5 * programs, tl.sum(ratio_inside.to(tl.float64)))
-    tl.store(partials + 6 * programs, _largest_of(ratio_inside).to(tl.float64))
-    tl.store(partials + 7 * programs, _largest_of(tl.abs(ratio - 1)).to(tl.float64))
+    tl.store(partials + 4 * programs, tl.sum(cut.to(tl.int32)).to(tl.float64))
+    tl.store(partials + 5 * programs, tl.sum(dual_cut.to(tl.int32)).to(tl.float64))
+    tl.store(partials + 6 * programs, tl.sum(ratio_inside.to(tl.float64)))
+    tl.store(partials + 7 * programs, _largest_of(ratio_inside).to(tl.float64))
+    tl.store(partials + 8 * programs, _largest_of(tl.abs(ratio - 1)).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -304,10 +293,10 @@ def _totals_kernel(partials, totals, loss, programs, SUMS: tl.constexpr, BLOCK: 
 
 @torch.library.custom_op("bylaw::policy_loss", mutates_args=())
 def _policy(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float, dual: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss summed, its gradient [T], and in float64 the loss again with the statistics of POLICY_STATS."""
-    return _run(_policy_kernel, (logprobs, old_logprobs, advantages), (low, high), POLICY_STATS)
+    return _run(_policy_kernel, (logprobs, old_logprobs, advantages), (low, high, dual), POLICY_STATS)
 
 
 @torch.library.custom_op("bylaw::value_loss", mutates_args=())
@@ -337,7 +326,7 @@ def _outputs(x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]
 
 @_policy.register_fake
 def _(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float, dual: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(logprobs, POLICY_STATS)
 

@@ -66,14 +66,16 @@ def launches() -> Iterator[Launch]:
     for vocabulary in (32000, 50257, 151936, 256000):
         for terms in (1, 3):
             yield Launch(f"V={vocabulary} terms={terms}", lambda v=vocabulary, n=terms: _run(v, n, True))
+    yield Launch("V=151936 terms=3 k2", lambda: _run(151936, 3, True, "k2"))
     yield Launch("V=151936 without gradient", lambda: _run(151936, 1, False))
 
 
-def _run(vocabulary: int, terms: int, gradient: bool) -> None:
+def _run(vocabulary: int, terms: int, gradient: bool, kl_estimator: str = "k3") -> None:
     given = inputs(128, 64, vocabulary, terms, torch.device("meta"), torch.bfloat16)
     columns = [given.get(name) for name in Terms._fields[:6]]
     tensors = given["hidden"], given["weight"], given["targets"]
-    module._forward(*tensors, *columns, 0.8, 1.2, 1.0, None, 2**29, gradient, gradient)  # type: ignore[arg-type]
+    settings = 0.8, 1.2, float("inf"), kl_estimator, 1.0, None, 2**29, gradient, gradient
+    module._forward(*tensors, *columns, *settings)  # type: ignore[arg-type]
 
 
 def inputs(

@@ -14,7 +14,7 @@ from bylaw.kernels.adamw import adamw
 from bylaw.model import optim
 from bylaw.model.optim import MasterAdamW, update
 from bylaw.model.settings import OptimSettings
-from bylaw.model.train_state import load_state, save_state
+from bylaw.model.train_state import Checkpoints, Learner
 
 NUMBERS: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SETTINGS = OptimSettings(learning_rate=0.01, weight_decay=0.1)
@@ -199,9 +199,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
 
 def test_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     straight, killed = Trainer(torch.bfloat16).train(7), Trainer(torch.bfloat16).train(4)
-    save_state(tmp_path, {"m": killed.model}, {"m": killed.optimizer}, {"step": 4})
+    with Checkpoints(tmp_path, {"m": Learner(killed.model, killed.optimizer)}) as checkpoints:
+        checkpoints.save({"step": 4})
     resumed = Trainer(torch.bfloat16, seed=1)
-    assert load_state(tmp_path, {"m": resumed.model}, {"m": resumed.optimizer}) == {"step": 4}
+    assert Checkpoints(tmp_path, {"m": Learner(resumed.model, resumed.optimizer)}).load() == {"step": 4}
     resumed.done = 4
     resumed.train(3)
     assert torch.equal(resumed.values(), straight.values())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bylaw.kernels.attention import attention, decode_attention, plan
+from bylaw.kernels.attention import attention, plan
 from bylaw.kernels.layout import LENGTH_RATIO, SHORT
 
 EVERY_LENGTH = tuple((17 * n) % 71 for n in range(1, 71))  # 1 to 70, mixed
@@ -124,20 +124,3 @@ def test_like_lengths_share_a_bucket() -> None:
 def test_no_tokens(cu_seqlens: Tensor) -> None:
     q, k, v = random_qkv(0, 2, 1, 4)
     assert attention(q, k, v, plan(cu_seqlens)).shape == (0, 2, 4)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 10), (3, 3, 5), (6, 1, 34)])
-@pytest.mark.parametrize("window", [0, 1, 6, 100])
-def test_a_cached_step_equals_the_last_row_of_the_naive_version(
-    heads: int, kv_heads: int, size: int, window: int
-) -> None:
-    lengths, slots = (1, 9, 30, 6, 17), 33
-    q, k, v = random_qkv(sum(lengths), heads, kv_heads, size)
-    starts, last = offsets(lengths)[:-1].tolist(), offsets(lengths)[1:] - 1
-    # What lies behind a row's end was left by an earlier request: large, so that a leak would show.
-    keys, values = torch.full((2, len(lengths), kv_heads, slots, size), 30.0, dtype=torch.float64)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        keys[row, :, :length] = k[start : start + length].transpose(0, 1)
-        values[row, :, :length] = v[start : start + length].transpose(0, 1)
-    out = decode_attention(q[last], keys, values, torch.tensor(lengths), window)
-    torch.testing.assert_close(out, naive(q, k, v, lengths, window)[last], atol=1e-12, rtol=0)

@@ -22,6 +22,7 @@ TERMS = {
     "all": ("nll", "old_logprobs", "advantages", "entropy", "reference_logprobs", "kl"),
 }
 CLIP = (0.25, 0.5)
+DUAL = {"dual_clip": 1.2, "kl_estimator": "k2"}
 
 
 def stream(tokens: int = T, width: int = H, vocabulary: int = V, dtype: torch.dtype = torch.float64):
@@ -47,20 +48,30 @@ def columns(names: str, hidden: Tensor, weight: Tensor, targets: Tensor, tempera
 
 
 def formula(
-    hidden: Tensor, weight: Tensor, targets: Tensor, c: dict[str, Tensor], temperature: float, rows: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    c: dict[str, Tensor],
+    temperature: float,
+    rows: bool = False,
+    dual_clip: float | None = None,
+    kl_estimator: str = "k3",
 ) -> Any:
     log_p = torch.log_softmax(hidden @ weight.T / temperature, dim=-1)
     logprob, entropy = log_p[torch.arange(len(targets)), targets], -(log_p.exp() * log_p).sum(-1)
     c = {name: x.to(hidden.dtype) for name, x in c.items()}
     loss = (c["nll"] * -logprob).sum() if "nll" in c else torch.zeros((), dtype=hidden.dtype, device=hidden.device)
     if "advantages" in c:
-        ratio = (logprob - c["old_logprobs"]).exp()
-        loss = loss - torch.min(ratio * c["advantages"], ratio.clamp(0.75, 1.5) * c["advantages"]).sum()
+        ratio, a = (logprob - c["old_logprobs"]).exp(), c["advantages"]
+        gain = torch.min(ratio * a, ratio.clamp(0.75, 1.5) * a)
+        if dual_clip is not None:
+            gain = torch.where(a < 0, torch.max(gain, dual_clip * a), gain)
+        loss = loss - gain.sum()
     if "entropy" in c:
         loss = loss - (c["entropy"] * entropy).sum()
     if "kl" in c:
         log_r = c["reference_logprobs"] - logprob
-        loss = loss + (c["kl"] * (log_r.exp() - 1 - log_r)).sum()
+        loss = loss + (c["kl"] * (log_r.exp() - 1 - log_r if kl_estimator == "k3" else log_r**2 / 2)).sum()
     return (loss, logprob, entropy) if rows else loss
 
 
@@ -75,17 +86,43 @@ def outputs(result: Any, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("names", "temperature"), [("nll", 1.0), ("policy", 1.0), ("entropy", 0.7), ("all", 1.5)])
-def test_values_and_gradients(names: str, temperature: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("names", "temperature", "others"),
+    [("nll", 1.0, {}), ("policy", 1.0, {}), ("entropy", 0.7, {}), ("all", 1.5, {}), ("all", 1.5, DUAL)],
+)
+def test_values_and_gradients(names: str, temperature: float, others: dict[str, Any], dtype: torch.dtype) -> None:
     hidden, weight, targets = stream(dtype=dtype)
     c = columns(names, hidden, weight, targets, temperature)
-    settings = {"temperature": temperature, "logits_bytes": FIVE_TOKENS}
+    settings = {"temperature": temperature, "logits_bytes": FIVE_TOKENS, **others}
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     ours, torchs = (outputs(run(*leaves, targets, c, backend=b, **settings), leaves) for b in ("triton", "reference"))
     leaves = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    exact = outputs(formula(*leaves, targets, c, temperature, rows=True), leaves)
+    exact = outputs(formula(*leaves, targets, c, temperature, rows=True, **others), leaves)
     assert len(ours) == (5 if "entropy" in c else 4)
     assert_all_as_good(ours, torchs, exact[: len(ours)])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_dual_clip_and_k2_by_hand(backend: str) -> None:
+    """Two words of probability 1/2: all three log-probs are -log 2, and the derivative by the logit is half that."""
+    hidden = torch.zeros(3, 1, dtype=torch.float64, device=DEVICE)
+    weight = torch.tensor([[1.0], [-1.0]], dtype=torch.float64, device=DEVICE)
+    column = {"dtype": torch.float64, "device": DEVICE}
+    ratio, log_ratio = torch.tensor([4.0, 2.0, 4.0], **column), torch.tensor([0.0, 2.0, -30.0], **column)
+    c = {
+        "old_logprobs": -torch.log(2 * ratio),
+        "advantages": torch.tensor([-1.0, -1.0, 1.0], **column),
+        "reference_logprobs": -torch.tensor(2.0, **column).log() - log_ratio,
+        "kl": torch.tensor([1.0, 0.5, 0.1], **column),
+    }
+    hidden.requires_grad_()
+    targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    loss = run(hidden, weight, targets, c, dual_clip=3.0, kl_estimator="k2", backend=backend).loss
+    # policy: 3 (the dual clip), 2, -1.5 (the clip); k2: 0, 0.5 * 2, 0.1 * 450
+    torch.testing.assert_close(float(loss.detach()), 3 + 2 - 1.5 + 0 + 1 + 45)
+    loss.backward()
+    # d log-prob / d hidden is 1 (half of 1 minus half of -1): 0, ratio + 0.5 * 2, 0.1 * -30
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.0], [3.0], [-3.0]], **column))
 
 
 @pytest.mark.parametrize(
@@ -146,12 +183,13 @@ def test_ignored_tokens_take_part_in_nothing(ignored: list[int], index: int, bac
         assert not rows[ignored].any() and rows[kept].all()
 
 
-def test_gradient_numerically() -> None:
+@pytest.mark.parametrize("others", [{}, DUAL])
+def test_gradient_numerically(others: dict[str, Any]) -> None:
     hidden, weight, targets = stream(1, 2, 17)
     c = columns("all", hidden, weight, targets, 0.75)
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        return run(h, w, targets, c, temperature=0.75, logits_bytes=8 * 64).loss
+        return run(h, w, targets, c, temperature=0.75, logits_bytes=8 * 64, **others).loss
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
 
@@ -176,7 +214,7 @@ def test_a_gradient_that_nobody_wants_is_not_made() -> None:
     assert torch.autograd.grad(alone.loss, hidden)[0].isfinite().all()
     with torch.no_grad():
         assert torch.equal(run(hidden, weight, targets, c).loss, loss)
-    none, *terms = None, 1.0, 1.0, 1.0, None, FIVE_TOKENS
+    none, *terms = None, 1.0, 1.0, float("inf"), "k3", 1.0, None, FIVE_TOKENS
     outs = module._forward(hidden, weight, targets, c["advantages"], none, none, none, none, none, *terms, False, False)
     assert [x.numel() for x in outs] == [1, 2, 0, 0, 0]
 
@@ -201,10 +239,9 @@ def test_the_operations_are_registered_in_order() -> None:
     c = columns("all", hidden, weight, targets)
     rows = [c[name] for name in ("nll", "old_logprobs", "advantages", "entropy", "reference_logprobs", "kl")]
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    assert_op(module._forward, *leaves, targets, *rows, 0.75, 1.5, 0.7, -100, 1000, True, True)
-    assert_op(
-        module._forward, leaves[0], weight.detach(), targets, rows[0], *[None] * 5, 1.0, 1.0, 1.0, None, 9, True, False
-    )
+    assert_op(module._forward, *leaves, targets, *rows, 0.75, 1.5, 3.0, "k2", 0.7, -100, 1000, True, True)
+    one_term = leaves[0], weight.detach(), targets, rows[0], *[None] * 5
+    assert_op(module._forward, *one_term, 1.0, 1.0, float("inf"), "k3", 1.0, None, 9, True, False)
 
 
 def test_under_torch_compile() -> None:
@@ -212,7 +249,7 @@ def test_under_torch_compile() -> None:
     c, grad = columns("all", hidden, weight, targets), torch.tensor(0.3, device=DEVICE)
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        return run(h, w, targets, c).loss
+        return run(h, w, targets, c, **DUAL).loss
 
     for got, expected in zip(
         gradients(compiled(loss), grad, hidden, weight), gradients(loss, grad, hidden, weight), strict=True
@@ -273,6 +310,8 @@ def test_refusals() -> None:
         ({"nll": ones[:2]}, r"nll is torch.float64 \(2,\); allowed: floating point \(10,\)"),
         ({"nll": ones, "temperature": 0.0}, "temperature = 0.0"),
         ({"nll": ones, "clip": (0.2, 0.0)}, r"clip is \(0.2, 0.0\)"),
+        ({"nll": ones, "dual_clip": 1.0}, "dual_clip is 1.0; allowed: above 1"),
+        ({"nll": ones, "kl_estimator": "k1"}, "kl_estimator is 'k1'; allowed: k2, k3"),
         ({"nll": ones, "logits_bytes": 0}, "logits_bytes is 0"),
         ({"nll": ones, "backend": "library"}, "no library"),
     ]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bylaw.kernels.policy_loss import kl_k1, kl_k2, kl_k3, mean_stats, merge_stats, policy_loss, value_loss
+from bylaw.kernels.kl import kl_k1, kl_k2, kl_k3
+from bylaw.kernels.policy_loss import mean_stats, merge_stats, policy_loss, value_loss
 
 
 def wide(*numbers: float) -> Tensor:
@@ -43,11 +44,43 @@ def test_policy_gradient_is_cut_where_the_clip_is_and_else_ratio_times_advantage
     torch.testing.assert_close(logprobs.grad, -wide(2.0, 0.0, -1.5, 0.5, 0.0) / 2)
 
 
-def test_policy_gradcheck() -> None:
+@pytest.mark.parametrize("dual_clip", [None, 1.4])
+def test_policy_gradcheck(dual_clip: float | None) -> None:
     logprobs, old, advantages = random_batch(40)
     denominator = torch.tensor(7.0, dtype=torch.float64)
     logprobs.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, advantages, 0.2, denominator)[0], logprobs)
+    _, stats = policy_loss(logprobs, old, advantages, 0.2, denominator, dual_clip)
+    assert (stats["dual_clip_fraction"] > 0) == (dual_clip is not None)
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, advantages, 0.2, denominator, dual_clip)[0], logprobs)
+
+
+def test_dual_clip_by_hand() -> None:
+    ratio, advantages = wide(5.0, 2.0, 0.5, 5.0, 3.5, 5.0), wide(-2.0, -2.0, -2.0, 2.0, -1.0, 0.0)
+    logprobs = ratio.log().requires_grad_()
+    loss, stats = policy_loss(logprobs, torch.zeros(6).double(), advantages, 0.2, denominator=2, dual_clip=3)
+    # max(min(rA, clip(r)A), 3A) for A < 0: -6 (dual), -4, -1.6 (cut); for A > 0 no dual clip: 2.4 (cut); -3 (dual); 0
+    assert close(loss.detach(), -(-6 - 4 - 1.6 + 2.4 - 3) / 2)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, -wide(0.0, -4.0, 0.0, 0.0, 0.0, 0.0) / 2)
+    assert stats["clip_fraction"] == 2 and stats["dual_clip_fraction"] == 2
+    without, stats = policy_loss(logprobs, torch.zeros(6).double(), advantages, 0.2, denominator=2)
+    assert close(without.detach(), -(-10 - 4 - 1.6 + 2.4 - 3.5) / 2)
+    assert stats["clip_fraction"] == 2 and stats["dual_clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.6])
+def test_an_importance_weight_may_go_into_the_advantage(dual_clip: float | None) -> None:
+    """w min(rA, clip(r)A) = min(r wA, clip(r) wA) for a weight w >= 0, and so with the dual clip."""
+    logprobs, old, advantages = random_batch(200)
+    weights = random_batch(201)[2][1:].exp().clamp(max=2.0)  # truncated
+    weights[:5] = 0
+    ratio = (logprobs - old).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    folded, stats = policy_loss(logprobs, old, weights * advantages, (0.2, 0.3), 1, dual_clip)
+    assert stats["clip_fraction"] > 0 and (stats["dual_clip_fraction"] > 0) == (dual_clip is not None)
+    torch.testing.assert_close(folded, -(weights * gain).sum(), rtol=1e-12, atol=0)
 
 
 def test_the_first_minibatch_has_ratio_one_exactly() -> None:
@@ -134,6 +167,12 @@ def test_bad_input_is_refused(loss_of) -> None:
     for denominator in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="denominator is"):
             loss_of(three, three, three, 0.2, denominator)
+
+
+@pytest.mark.parametrize("dual_clip", [1.0, 0.0, -3.0, float("nan")])
+def test_a_dual_clip_must_be_above_one(dual_clip: float) -> None:
+    with pytest.raises(ValueError, match=r"dual_clip is .*allowed: above 1, such as 3, or None"):
+        policy_loss(torch.zeros(3), torch.zeros(3), torch.zeros(3), 0.2, 1, dual_clip)
 
 
 def test_kl_estimators_by_hand() -> None:

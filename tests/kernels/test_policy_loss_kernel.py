@@ -1,6 +1,7 @@
 """The PPO kernels against the references, in float64 and in the same dtype."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import triton.language as tl
 from precision import DEVICE, assert_all_as_good, assert_op, compiled, random
 from torch import Tensor
 
+from bylaw.kernels import kl
 from bylaw.kernels import policy_loss as module
-from bylaw.kernels.policy_loss import kl_k3, mean_stats, merge_stats, policy_loss, value_loss
+from bylaw.kernels.kl import kl_k2, kl_k3
+from bylaw.kernels.policy_loss import mean_stats, merge_stats, policy_loss, value_loss
 
 Outputs = tuple[Tensor, ...]
-LOSSES = [(policy_loss, (0.25, 0.5)), (value_loss, 0.25)]
+dual_policy_loss = partial(policy_loss, dual_clip=1.3)
+LOSSES = [(policy_loss, (0.25, 0.5)), (dual_policy_loss, (0.25, 0.5)), (value_loss, 0.25)]
 
 
 def batch(size: int, dtype: torch.dtype = torch.float64, far: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +74,21 @@ def test_a_pair_clips_to_its_own_sides() -> None:
             assert stats["clip_fraction"] == 1
 
 
+def test_the_dual_clip_bounds_the_loss_of_negative_advantages() -> None:
+    ratio = torch.tensor([0.5, 2.0, 5.0], device=DEVICE).double()
+    # The loss is at most 3 |A| for A < 0; above 0 it ends at the upper clip.
+    for advantage, gradient, cut, dual_cut in ((-2.0, [0, 4.0, 0], 1, 1), (2.0, [-1.0, 0, 0], 2, 0)):
+        loss_of = partial(policy_loss, advantages=advantage * torch.ones_like(ratio), clip=0.2, denominator=1)
+        for backend in ("reference", "triton"):
+            logprobs = ratio.log().requires_grad_()
+            loss, stats = loss_of(logprobs, torch.zeros_like(ratio), dual_clip=3.0, backend=backend)
+            loss.backward()
+            expected = 1.6 + 4 + 6 if advantage < 0 else -(1 + 2.4 + 2.4)
+            torch.testing.assert_close(float(loss.detach()), expected)
+            torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, device=DEVICE).double())
+            assert stats["clip_fraction"] == cut and stats["dual_clip_fraction"] == dual_cut
+
+
 @pytest.mark.parametrize(("loss_of", "clip"), LOSSES)
 def test_gradient_numerically(loss_of: Callable[..., Any], clip: Any) -> None:
     logprobs, *others = batch(4)
@@ -92,21 +111,39 @@ def test_two_runs_and_micro_batches(loss_of: Callable[..., Any], clip: Any) -> N
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NaN, in numpy under the interpreter
-@pytest.mark.parametrize("loss_of", [policy_loss, value_loss])
-def test_nan_shows_in_the_loss_and_in_sums_and_maxima(loss_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("loss_of", [policy_loss, dual_policy_loss, value_loss])
+@pytest.mark.parametrize("constant", [-1.0, 1.0])
+def test_nan_shows_in_the_loss_and_in_sums_and_maxima(loss_of: Callable[..., Any], constant: float) -> None:
     new, *others = batch(40)
-    new[20] = torch.nan
+    new[20], others[1][20] = torch.nan, constant
     loss, stats = loss_of(new, *others, 0.2, 1.0, backend="triton")
     assert loss.isnan()
-    assert {name for name, x in stats.items() if not x.isnan()} <= {"tokens", "clip_fraction", "value_clip_fraction"}
+    counts = {"tokens", "clip_fraction", "dual_clip_fraction", "value_clip_fraction"}
+    assert {name for name, x in stats.items() if not x.isnan()} <= counts
+    new[20], others[1][20] = 0.0, torch.nan
+    assert loss_of(new, *others, 0.2, 1.0, backend="triton")[0].isnan()
 
 
 @triton.jit
-def _k3_kernel(logprobs, others, values, slopes, BLOCK: tl.constexpr):
+def _kl_kernel(logprobs, others, values, slopes, K2: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.arange(0, BLOCK)
-    value, slope = module.kl_k3_terms(tl.load(logprobs + places), tl.load(others + places))
+    if K2:
+        value, slope = kl.kl_k2_terms(tl.load(logprobs + places), tl.load(others + places))
+    else:
+        value, slope = kl.kl_k3_terms(tl.load(logprobs + places), tl.load(others + places))
     tl.store(values + places, value)
     tl.store(slopes + places, slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k2_is_not_clamped_and_its_slope_is_the_log_ratio(dtype: torch.dtype) -> None:
+    logprobs = torch.tensor([-1.0, -2.0, 0.0, -100.0], dtype=dtype, device=DEVICE)
+    others = torch.tensor([-1.0, -1.5, -3.0, 0.0], dtype=dtype, device=DEVICE)
+    values, slopes = torch.empty_like(others), torch.empty_like(others)
+    settings: dict[str, Any] = {"K2": True, "BLOCK": 4}
+    _kl_kernel[(1,)](logprobs, others, values, slopes, **settings)
+    assert values.tolist() == kl_k2(logprobs, others).tolist() == [0.0, 0.125, 4.5, 5000.0]
+    assert slopes.tolist() == [0.0, -0.5, 3.0, -100.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -114,8 +151,8 @@ def test_k3_keeps_the_digits_of_small_differences(dtype: torch.dtype) -> None:
     gaps = [0.0, 2.0**-30, -(2.0**-12), 0.1, -0.5, 0.99, -1.0, 1.01, -3.0, 5.0, 19.0, 21.0, -19.0, -21.0, 1e4, -1e4]
     others = torch.tensor(gaps, dtype=dtype, device=DEVICE)
     values, slopes = torch.empty_like(others), torch.empty_like(others)
-    settings: dict[str, Any] = {"BLOCK": len(gaps)}
-    _k3_kernel[(1,)](torch.zeros_like(others), others, values, slopes, **settings)
+    settings: dict[str, Any] = {"K2": False, "BLOCK": len(gaps)}
+    _kl_kernel[(1,)](torch.zeros_like(others), others, values, slopes, **settings)
     d = others.double()
     # The reference subtracts, and so keeps fewer digits near 0 than this.
     exact = torch.where(d.abs() < 0.05, d**2 / 2 * (1 + d / 3 + d**2 / 12 + d**3 / 60), kl_k3(torch.zeros_like(d), d))
@@ -126,7 +163,8 @@ def test_k3_keeps_the_digits_of_small_differences(dtype: torch.dtype) -> None:
 
 def test_the_operations_are_registered_in_order() -> None:
     new, *others = batch(20, torch.float32)
-    assert_op(module._policy, new.clone().requires_grad_(), *others, 0.8, 1.2)
+    for dual in (3.0, float("inf")):
+        assert_op(module._policy, new.clone().requires_grad_(), *others, 0.8, 1.2, dual)
     assert_op(module._value, new.clone().requires_grad_(), *others, 0.2)
     assert_op(module.scaled, random(3, 2, dtype=torch.float32), random(dtype=torch.float32), torch.float16)
 
