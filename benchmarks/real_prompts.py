@@ -29,7 +29,7 @@ from bylaw.model.tokenizer import Tokenizer
 from bylaw.recipe import STAGES, Recipe, load_recipe
 
 CONTEXT, VOCABULARY, MAX_PROMPT_TOKENS = 1024, 4096, 256
-TIMES = ("seconds", "finished", "resumed", "engine", "tokens_per_second", "eps/s", "tok/s", "time/sample_fraction")
+TIMES = ("seconds", "finished", "resumed", "engine", "tokens_per_second", "eps/s", "tok/s")
 # About as likely as a random model finds the letters A and B together, so that some labels are read and some abstain.
 OPTION_MASS = 0.0004
 RECIPE = f"""\
@@ -283,7 +283,7 @@ def _untimed(path: Path, root: Path) -> bytes:
 
 
 def _without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in TIMES}
+    return {key: value for key, value in record.items() if key not in TIMES and not key.startswith("time/")}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,18 @@ import torch
 from torch import nn
 
 from bylaw.model.config import ModelConfig
-from bylaw.model.heads import ScalarModel
+from bylaw.model.heads import ScalarModel, fresh_head
 from bylaw.model.hf_config import Head, config_from_hf, config_to_hf
+from bylaw.model.lora import require_merged
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import sha256_file
 from bylaw.model.rotary import inverse_frequencies
+from bylaw.model.sharding import shard
+from bylaw.model.shards import fill
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
-from bylaw.model.weights import INDEX, check_weights, pieces, read_tensor, read_weights, weight_files, write_weights
+from bylaw.model.weight_io import read_tensor, read_weights, write_weights
+from bylaw.model.weights import INDEX, check_weights, pieces, weight_files
 
 SHARD_BYTES = 5 * 10**9
 # What decides a model's outputs besides its weights, in the order in which it is hashed.
@@ -32,12 +37,18 @@ _HASHED = (
 )  # fmt: skip
 
 
-def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+def load_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    parallel: Parallel = ALONE,
+) -> Transformer:
     """The language model of a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3; safetensors, single or sharded).
 
     `dtype` None stands for float32 on a CPU and bfloat16 elsewhere. Weights stream into the fused parameters, so the
-    model is held once. Raises FileNotFoundError for a missing folder, config.json or shard; ValueError naming file and
-    field or tensor for an unsupported config and for weights that do not fit it, before any weight is read.
+    model is held once; on many ranks each reads its own part (model/sharding.py). Raises FileNotFoundError for a
+    missing folder, config.json or shard; ValueError naming file and field or tensor for an unsupported config and for
+    weights that do not fit it, before any weight is read.
     """
     folder = Path(folder)
     config, found = check_model(folder)
@@ -45,11 +56,11 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     twin = "lm_head.weight" if config.tie_word_embeddings else ""
     with torch.device("meta"):
         model = Transformer(config)
-    _materialise(model, model, device, dtype)
-    read_weights(files, wanted, dict(model.named_parameters()))
+    _materialise(model, device, dtype, parallel)
+    read_weights(files, wanted, dict(model.named_parameters()), parallel)
     if twin in found:
-        stored = read_tensor(files, twin).to(model.embed.weight)
-        if not torch.equal(stored, model.embed.weight):
+        embed, head = (read_tensor(files, name).float() for name in ("model.embed_tokens.weight", twin))
+        if not torch.equal(embed, head):
             raise ValueError(f"{folder}: {twin} differs from the embedding, but config.json says tie_word_embeddings")
     return model
 
@@ -72,7 +83,10 @@ def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
 
 
 def load_reward(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[ScalarModel, dict[str, Any]]:
     """The reward model of a folder that holds a sequence classifier with one label, and the extras saved with it.
 
@@ -87,9 +101,32 @@ def load_reward(
     check_weights(files, wanted, folder)
     with torch.device("meta"):
         model = ScalarModel(Transformer(config, with_head=False))
-    _materialise(model, model.trunk, device, dtype)
-    read_weights(files, wanted, dict(model.named_parameters()))
+    _materialise(model, device, dtype, parallel)
+    read_weights(files, wanted, dict(model.named_parameters()), parallel)
     return model, dict(fields.get("bylaw") or {})
+
+
+def load_scalar(
+    folder: str | Path,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    parallel: Parallel = ALONE,
+) -> ScalarModel:
+    """A language model's folder as the start of a reward or value model: its trunk, and a fresh head drawn from `seed`.
+
+    Errors as for load_model.
+    """
+    folder = Path(folder)
+    config, _ = check_model(folder)
+    with torch.device("meta"):
+        model = ScalarModel(Transformer(config, with_head=False))
+    _materialise(model, device, dtype, parallel)
+    *trunk, score = pieces(config, "ForSequenceClassification")
+    parameters = dict(model.named_parameters())
+    read_weights(weight_files(folder), trunk, parameters, parallel)
+    fill(score, parameters, fresh_head(config.hidden_size, seed), parallel)
+    return model
 
 
 def save_model(
@@ -99,20 +136,23 @@ def save_model(
     card: str = "",
     *,
     max_shard_bytes: int = SHARD_BYTES,
+    parallel: Parallel = ALONE,
 ) -> None:
     """Write a folder that Transformers, vLLM and the like load as they do any other: config, weights under Hugging
     Face's names, generation defaults, tokenizer, and `card` as README.md.
 
     A checkpoint that stands there is replaced once the new one is whole. Raises ValueError for a folder that holds
-    something else, and for a tokenizer with more tokens than the model.
+    something else, for a tokenizer with more tokens than the model, and for adapters that are not merged.
     """
+    require_merged(model, "save_model")
     check_tokenizer(model.config, tokenizer)
     fields = config_to_hf(model.config, dtype=_dtype_name(model))
-    with replaced_folder(Path(folder)) as beside:
-        generation = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(beside / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-        write_weights(beside, pieces(model.config), dict(model.named_parameters()), max_shard_bytes)
-        _write_rest(beside, fields, tokenizer, card)
+    generation = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with _replaced_by_first(Path(folder), parallel) as beside:
+        write_weights(beside, pieces(model.config), dict(model.named_parameters()), max_shard_bytes, parallel)
+        if beside:
+            _write_json(beside / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+            _write_rest(beside, fields, tokenizer, card)
 
 
 def save_reward(
@@ -123,6 +163,7 @@ def save_reward(
     card: str = "",
     *,
     max_shard_bytes: int = SHARD_BYTES,
+    parallel: Parallel = ALONE,
 ) -> None:
     """Write a reward model as a sequence classifier with one label; `extras` (JSON values) go to config.json.
 
@@ -130,15 +171,17 @@ def save_reward(
     padding token: the score would be read one token early. Without a padding token it takes batches of one. Errors as
     for save_model.
     """
+    require_merged(model.trunk, "save_reward")
     config = model.trunk.config
     check_tokenizer(config, tokenizer)
     fields = config_to_hf(config, dtype=_dtype_name(model), head="ForSequenceClassification")
     fields |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "bylaw": dict(extras or {})}
     fields["pad_token_id"] = _safe_pad(config, tokenizer)
-    with replaced_folder(Path(folder)) as beside:
+    with _replaced_by_first(Path(folder), parallel) as beside:
         wanted = pieces(config, "ForSequenceClassification")
-        write_weights(beside, wanted, dict(model.named_parameters()), max_shard_bytes)
-        _write_rest(beside, fields, tokenizer, card)
+        write_weights(beside, wanted, dict(model.named_parameters()), max_shard_bytes, parallel)
+        if beside:
+            _write_rest(beside, fields, tokenizer, card)
 
 
 def checkpoint_hash(folder: str | Path) -> str:
@@ -156,7 +199,7 @@ def checkpoint_hash(folder: str | Path) -> str:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, mark: str = "config.json") -> Iterator[Path]:
     """A new empty folder beside `folder`, which takes its place when the block ends well and is removed otherwise.
 
     What stood there stays whole until the new folder is on disk. Killed between the two renames that swap them, both
@@ -165,8 +208,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     beside, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
-        raise ValueError(f"{folder} exists and is no checkpoint (it has no config.json), so it is not replaced")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).exists())):
+        raise ValueError(f"{folder} exists and is no checkpoint (it has no {mark}), so it is not replaced")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -181,6 +224,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     beside.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _replaced_by_first(folder: Path, parallel: Parallel) -> Iterator[Path | None]:
+    """`replaced_folder` on the first rank, None on the others, which go on once it is in its place."""
+    with replaced_folder(folder) if parallel.first else nullcontext() as beside:
+        yield beside
+    parallel.meet()
 
 
 def _old(folder: Path) -> Path:
@@ -222,10 +273,15 @@ def _read_config(folder: Path, head: Head, other: str) -> tuple[dict[str, Any], 
     return fields, config
 
 
-def _materialise(model: nn.Module, trunk: Transformer, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Give a model made on the meta device its memory, unset, and its rotary frequencies, which no file holds."""
-    device = torch.device(device)
+def _materialise(
+    model: Transformer | ScalarModel, device: torch.device | str, dtype: torch.dtype | None, parallel: Parallel
+) -> None:
+    """Give a model made on the meta device its memory, unset, of this rank's parts; and its rotary frequencies, which
+    no file holds.
+    """
+    device, trunk = torch.device(device), model.trunk if isinstance(model, ScalarModel) else model
     model.to(dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
+    shard(model, parallel)
     model.to_empty(device=device)
     # After the casts above: frequencies stay float32, or far positions would turn by wrong angles.
     trunk.inv_freq = inverse_frequencies(trunk.config)[0].to(device)

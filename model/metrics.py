@@ -9,26 +9,33 @@ from bylaw.model.records import RecordWriter, read_records, repair, write_atomic
 
 
 class Metrics:
-    """Logs the steps of one stage. With `first_step` above 0, lines of steps from there on are cut: they come again."""
+    """Logs the steps of one stage. With `first_step` above 0, lines of steps from there on are cut: they come again.
 
-    def __init__(self, path: Path, stage: str, steps: int, first_step: int = 0) -> None:
-        self.stage, self.steps, self.first_step = stage, steps, first_step
+    Of many ranks one `writes`.
+    """
+
+    def __init__(self, path: Path, stage: str, steps: int, first_step: int = 0, writes: bool = True) -> None:
+        self.stage, self.steps, self.first_step, self.writes = stage, steps, first_step, writes
         self._writer = RecordWriter(path)
-        if path.exists():
+        if writes and path.exists():
             _cut(path, first_step)
 
     def __enter__(self) -> "Metrics":
         self._start = time.monotonic()
-        self._writer.__enter__()
+        if self.writes:
+            self._writer.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.__exit__(kind, error, trace)
+        if self.writes:
+            self._writer.__exit__(kind, error, trace)
 
     def log(self, step: int, values: dict[str, float], shown: dict[str, float]) -> None:
         """Append `values` for `step` (0-based) to the file, and print those `shown` and the time left in one line."""
+        if not self.writes:
+            return
         self._writer.write([{"step": step, **values}])
         left = (time.monotonic() - self._start) / (step + 1 - self.first_step) * (self.steps - step - 1)
         facts = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())

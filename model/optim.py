@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bylaw.kernels import adamw as kernel
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.settings import OptimSettings
+from bylaw.model.sharding import gradient_norm, is_shared_out, local, sum_whole_gradients
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -36,11 +37,11 @@ class MasterAdamW(torch.optim.AdamW):
         state["step"] += 1  # on the CPU, as torch.optim.AdamW keeps it: to read it is no synchronisation
         assert parameter.grad is not None
         kernel.adamw(
-            parameter,
-            state["master"],
-            parameter.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            local(parameter),
+            local(state["master"]),
+            local(parameter.grad),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -67,13 +68,18 @@ def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
     Where any of them has 16 bits, all get float32 master copies.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # What data ranks share out stands apart: torch's operations on lists take one kind of tensor.
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2 and is_shared_out(p)], "weight_decay": settings.weight_decay},
+        {
+            "params": [p for p in parameters if p.dim() >= 2 and not is_shared_out(p)],
+            "weight_decay": settings.weight_decay,
+        },
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
     return (MasterAdamW if low else torch.optim.AdamW)(
-        groups,
+        [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_epsilon,
@@ -91,18 +97,21 @@ def scheduled(settings: OptimSettings, peak: float, step: int, steps: int) -> fl
     return peak * (1 - done) if settings.schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float) -> float:
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    max_grad_norm: float,
+    parallel: Parallel = ALONE,
+) -> float:
     """One step on the gradients that stand in `model`, clipped to `max_grad_norm`; returns their norm before the clip.
 
     Raises FloatingPointError on a gradient that is not finite, before any parameter moves.
     """
-    if isinstance(optimizer, MasterAdamW):
-        length = gradient_norm(model)
-        scale = torch.clamp(max_grad_norm / (length + 1e-6), max=1.0)  # as clip_grad_norm_, but folded into the step
-        step = partial(optimizer.step, grad_scale=scale)
-    else:
-        length = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        step = optimizer.step
+    named = trained(model, optimizer)
+    sum_whole_gradients(named, parallel)
+    length = gradient_norm(named, parallel)
+    scale = torch.clamp(max_grad_norm / (length + 1e-6), max=1.0)
     norm = float(length)  # the step's one synchronisation with a GPU
     if not math.isfinite(norm):
         raise FloatingPointError(
@@ -110,16 +119,16 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: fl
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    step()
+    if isinstance(optimizer, MasterAdamW):
+        optimizer.step(grad_scale=scale)
+    else:
+        torch._foreach_mul_([local(p.grad) for _, p in named if p.grad is not None], scale)  # pyright: ignore[reportPrivateImportUsage]
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-@torch.no_grad()
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The Euclidean norm of all gradients in `model` together, in float32 whatever their dtypes are."""
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack(norms))
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of `model`, by name, that `optimizer` moves."""
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in moved]

@@ -1,5 +1,7 @@
 """The packed stream: sequences laid end to end, no padding (design: a batch is tokens, positions and cu_seqlens)."""
 
+import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +30,11 @@ class Packed:
         """All hidden states."""
 
     @property
+    def trains(self) -> bool:
+        """Blocks run on it as they are prepared for training (model/prepare.py)."""
+        return True
+
+    @property
     def last(self) -> Tensor:
         """Places [B] of each sequence's last token in the stream."""
         return self.cu_seqlens[1:] - 1
@@ -46,13 +53,54 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu")
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Split items 0..n-1, in order, into runs of at most `budget` tokens; an item longer than that stands alone."""
-    batches: list[list[int]] = []
-    used = 0
-    for i, length in enumerate(lengths):
-        if not batches or used + length > budget:
-            batches.append([])
-            used = 0
-        batches[-1].append(i)
-        used += length
-    return batches
+    """Share out items 0..n-1 to runs of at most `budget` tokens; an item longer than that stands alone.
+
+    The runs are few (best fit decreasing: at most 11/9 of the fewest, Johnson 1973), and as even as the budget lets
+    them be, so that the largest, which decides the memory, is small. Each is in the items' order. It is a function of
+    the arguments alone.
+    """
+    alone = [[i] for i, length in enumerate(lengths) if length > budget]
+    falling = sorted((i for i, length in enumerate(lengths) if length <= budget), key=lambda i: -lengths[i])
+    fitted = _best_fit(lengths, falling, budget)
+    even = _spread(lengths, falling, len(fitted))
+    fits = all(sum(lengths[i] for i in run) <= budget for run in even)
+    return sorted(sorted(run) for run in [*alone, *(even if fits else fitted)])
+
+
+def packing_efficiency(lengths: Sequence[int], runs: Sequence[Sequence[int]]) -> float:
+    """Tokens of the items over the micro-batches' number times the largest one: 1 where all are equally full.
+
+    What a rank waits for at each micro-batch, or what a batch padded to the largest would waste, is the rest to 1.
+    Raises ValueError for no runs.
+    """
+    if not runs:
+        raise ValueError("there are no micro-batches to measure; allowed: at least one")
+    loads = [sum(lengths[i] for i in run) for run in runs]
+    return sum(loads) / (len(loads) * max(loads))
+
+
+def _best_fit(lengths: Sequence[int], falling: Sequence[int], budget: int) -> list[list[int]]:
+    """Each item to the fullest run that has room for it."""
+    runs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, run), rising
+    for i in falling:
+        place = bisect.bisect_left(room, (lengths[i], 0))
+        if place == len(room):
+            left, run = budget, len(runs)
+            runs.append([])
+        else:
+            left, run = room.pop(place)
+        runs[run].append(i)
+        bisect.insort(room, (left - lengths[i], run))
+    return runs
+
+
+def _spread(lengths: Sequence[int], falling: Sequence[int], count: int) -> list[list[int]]:
+    """Each item to the emptiest of `count` runs (Graham 1969: the largest is at most 4/3 of the best possible)."""
+    runs: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, run) for run in range(count)]
+    for i in falling:
+        load, run = loads[0]
+        runs[run].append(i)
+        heapq.heapreplace(loads, (load + lengths[i], run))
+    return runs

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -53,8 +55,14 @@ class OptimSettings:
     """Gradients are scaled down to this global norm."""
     micro_batch_tokens: int = 8192
     """Tokens in one forward and backward pass. Changes memory and speed, not the objective."""
+    activation_checkpointing: Recompute = "none"
+    """Recompute activations in the backward pass: none, selective (all but products and attention), or full."""
+    compile: bool = False
+    """Run the blocks through torch.compile."""
     save_every: int = 100
     """Optimiser steps between training checkpoints, from which a killed stage goes on."""
+    keep_checkpoints: int = 1
+    """How many of the newest training checkpoints stay on disk while a stage runs."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
@@ -66,6 +74,7 @@ class OptimSettings:
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
         require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "1 or more")
         require(self.save_every >= 1, "save_every", self.save_every, "1 or more")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
 
 
 def require_cache(gib: float) -> None:

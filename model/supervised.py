@@ -1,6 +1,5 @@
 """Packed supervised training: loss on chosen tokens, divided by their number in the whole optimiser step."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 
 from bylaw.kernels.linear_loss import linear_loss
-from bylaw.kernels.philox import permutation
-from bylaw.model.metrics import Metrics
-from bylaw.model.optim import adamw, scheduled, update
-from bylaw.model.packing import Packed, pack, token_batches
+from bylaw.model.fit import fit
+from bylaw.model.packing import Packed, pack
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.settings import OptimSettings
-from bylaw.model.train_state import load_state, save_state
+from bylaw.model.step import Objective
 from bylaw.model.transformer import Transformer
 
 
@@ -58,36 +56,32 @@ def train_supervised(
     folder: Path,
     stage: str,
     show: Callable[[int, int], None] = lambda step, steps: None,
+    parallel: Parallel = ALONE,
 ) -> dict[str, float]:
-    """Train `model` in place, `batch_size` examples per step, shuffled anew each epoch from `seed`.
-
-    Goes on from the training checkpoint in `folder`/state if there is one, to the same bits. Metrics go to
-    `folder`/metrics.jsonl; `show` is called after each step with its number and theirs. Returns counts and the last
-    loss.
+    """`fit` on the mean loss per learned token.
 
     Raises ValueError, before any work, without examples and for one that has no token to learn.
     """
     _check(examples)
-    order = [int(i) for epoch in range(epochs) for i in permutation(seed, len(examples), epoch)]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    optimizer = adamw(model, settings)
-    progress = load_state(folder / "state", {"model": model}, {"model": optimizer}) or {"step": 0, "loss": 0.0}
-    first = int(progress["step"])
-    loss = float(progress["loss"])
-    with Metrics(folder / "metrics.jsonl", stage, len(batches), first) as metrics:
-        for step in range(first, len(batches)):
-            start, batch = time.monotonic(), [examples[i] for i in batches[step]]
-            loss = _accumulate(model, batch, settings.micro_batch_tokens)
-            rate = scheduled(settings, settings.learning_rate, step, len(batches))
-            norm = update(model, optimizer, rate, settings.max_grad_norm)
-            speed = sum(len(example.ids) for example in batch) / (time.monotonic() - start)
-            values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
-            metrics.log(step, values, {"loss": loss, "lr": rate, "tok/s": speed})
-            show(step, len(batches))
-            if (step + 1) % settings.save_every == 0 and step + 1 < len(batches):
-                progress = {"step": step + 1, "loss": loss}
-                save_state(folder / "state", {"model": model}, {"model": optimizer}, progress)
-    return {"steps": len(batches), "tokens": sum(len(examples[i].ids) for i in order), "last_loss": loss}
+
+    def objective(batch: list[Example]) -> Objective[Example]:
+        total = sum(example.targets for example in batch)
+        return lambda run: (supervised_loss(model, run) / total, {})
+
+    return fit(
+        model,
+        examples,
+        lambda example: len(example.ids),
+        objective,
+        settings,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        folder=folder,
+        stage=stage,
+        show=show,
+        parallel=parallel,
+    )
 
 
 def _check(examples: Sequence[Example]) -> None:
@@ -100,14 +94,3 @@ def _check(examples: Sequence[Example]) -> None:
                 f"example {i} has {tokens} tokens, {flags} flags, and learns {example.targets}; allowed: a flag for "
                 "each token, and at least one that is learned after the first"
             )
-
-
-def _accumulate(model: Transformer, batch: Sequence[Example], budget: int) -> float:
-    """Put the gradient of the batch's mean loss per learned token into `model`; returns that loss."""
-    total = sum(example.targets for example in batch)
-    loss = 0.0
-    for run in token_batches([len(example.ids) for example in batch], budget):
-        piece = supervised_loss(model, [batch[i] for i in run]) / total
-        piece.backward()
-        loss += float(piece.detach())
-    return loss

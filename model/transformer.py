@@ -76,9 +76,23 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(hidden, eps)
         self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias)
+        self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def forward(
-        self, hidden: Tensor, delta: Tensor | None, rotary: Rotary, attend: Attend, wanted: Tensor | None = None
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        rotary: Rotary,
+        attend: Attend,
+        wanted: Tensor | None = None,
+        trains: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`trains`: run as prepared for training (model/prepare.py), not as an engine samples."""
+        run = self.prepared if trains and self.prepared else self.run
+        return run(hidden, delta, rotary, attend, wanted)
+
+    def run(
+        self, hidden: Tensor, delta: Tensor | None, rotary: Rotary, attend: Attend, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         normed, hidden = self.attn_norm.add(hidden, delta)
         mixed = self._attention(normed, rotary, attend)
@@ -132,9 +146,10 @@ class Transformer(nn.Module):
     def forward(self, stream: Stream) -> Tensor:
         hidden, delta = self.embed(stream.tokens), None  # [T, H]
         rotary = rotary_table(stream.positions, self.inv_freq, self.attention_factor)
+        trains = getattr(stream, "trains", False)
         for block in self.blocks[:-1]:
-            hidden, delta = block(hidden, delta, rotary, stream.attend)
-        hidden, delta = self.blocks[-1](hidden, delta, rotary, stream.attend, stream.wanted)
+            hidden, delta = block(hidden, delta, rotary, stream.attend, trains=trains)
+        hidden, delta = self.blocks[-1](hidden, delta, rotary, stream.attend, stream.wanted, trains)
         return self.norm.add(hidden, delta)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

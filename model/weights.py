@@ -1,18 +1,13 @@
-"""Hugging Face weight names and our fused parameters: which tensor is which rows of what, and the copying both ways.
-
-Tensors stream one at a time from safetensors files into parameters that already exist, so that a model is never held
-twice. Everything is checked from the files' headers before a byte of weights is read.
+"""Hugging Face weight names and our fused parameters: which tensor is which rows of what; and the files' headers, from
+which everything is checked before a byte of weights is read.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from bylaw.model.config import ModelConfig
 from bylaw.model.hf_config import Head
@@ -30,10 +25,6 @@ class Piece:
     parameter: str
     start: int
     shape: tuple[int, ...]
-
-    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The rows, as a view."""
-        return parameters[self.parameter].detach()[self.start : self.start + self.shape[0]]
 
 
 def pieces(config: ModelConfig, head: Head = "ForCausalLM") -> list[Piece]:
@@ -164,52 +155,3 @@ def _looks_like(path: Path) -> str:
     if start[8:9] != b"{" and start.startswith((b"PK\x03\x04", b"\x80")):
         return "but a pickle"
     return f"perhaps cut short at {path.stat().st_size} bytes"
-
-
-@torch.no_grad()
-def read_weights(files: Iterable[Path], wanted: Iterable[Piece], parameters: Mapping[str, Tensor]) -> None:
-    """Copy every wanted tensor into its rows, one at a time, onto the parameters' device and type."""
-    by_name = {piece.name: piece for piece in wanted}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                if name in by_name:
-                    by_name[name].of(parameters).copy_(file.get_tensor(name))
-
-
-def read_tensor(files: Iterable[Path], name: str) -> Tensor:
-    """One tensor, which check_weights has found in one of the files."""
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118, it is no dict
-                return file.get_tensor(name)
-    raise AssertionError(name)
-
-
-def write_weights(folder: Path, wanted: Iterable[Piece], parameters: Mapping[str, Tensor], max_bytes: int) -> None:
-    """Write model.safetensors or, past `max_bytes`, shards and their index. A larger tensor gets a shard alone."""
-    shards: list[dict[str, Tensor]] = [{}]
-    sizes = [0]
-    for piece in wanted:
-        tensor = piece.of(parameters)
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and sizes[-1] + size > max_bytes:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][piece.name] = tensor
-        sizes[-1] += size
-    if len(shards) == 1:
-        return _write_shard(folder / SINGLE, shards[0])
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard)
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Rows of one fused parameter lie in one storage, which safetensors refuses: they are copied, a shard at a time.
-    Older Transformers refuse a file whose metadata lacks the format.
-    """
-    save_file({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

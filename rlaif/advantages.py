@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bylaw.kernels.gae import check_cu_seqlens
-from bylaw.kernels.policy_loss import kl_k1
+from bylaw.kernels.kl import LOG_RATIO_LIMIT, kl_k1
 
 WHITEN_EPSILON = 1e-8
 KL_ERROR_LIMIT = 0.2
@@ -63,6 +63,21 @@ def token_rewards(
     rewards = -kl_coef * kl_k1(logprobs, reference_logprobs)
     rewards[cu_seqlens[1:] - 1] += scores.to(rewards.dtype)
     return rewards
+
+
+@torch.no_grad()
+def importance_weights(trainer: Tensor, sampler: Tensor, cap: float) -> Tensor:
+    """min(p_trainer / p_sampler, cap) of each token [T]: truncated importance sampling (Ionides 2008; Yao et al. 2025,
+    "Your efficient RL framework secretly brings you off-policy RL training") between two programs of one policy.
+
+    Multiplied into the policy loss, they correct, up to the cap, for tokens that were drawn by slightly other
+    probabilities than those that are trained. Raises ValueError for a cap that is not above 0 and shapes that differ.
+    """
+    if not cap > 0:
+        raise ValueError(f"cap is {cap}; allowed: above 0, such as 2")
+    if trainer.shape != sampler.shape:
+        raise ValueError(f"trainer has the shape {tuple(trainer.shape)}, sampler {tuple(sampler.shape)}; allowed: one")
+    return (trainer - sampler).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=cap)
 
 
 def next_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:

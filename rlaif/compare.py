@@ -5,22 +5,26 @@ from pathlib import Path
 
 from bylaw.model.chunks import write_chunks
 from bylaw.model.data import Prompt
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import Record
 from bylaw.model.sampler import Sampler
 from bylaw.rlaif.config import CompareConfig
 
 
-def compare(sampler: Sampler, prompts: Sequence[Prompt], path: Path, config: CompareConfig) -> dict[str, int]:
+def compare(
+    sampler: Sampler, prompts: Sequence[Prompt], path: Path, config: CompareConfig, parallel: Parallel = ALONE
+) -> dict[str, int]:
     """Write `pairs_per_prompt` pairs of answers for each prompt to `path`; returns counts.
 
     Goes on where a killed run stopped. Raises ValueError, before any work, for a prompt that leaves too little context.
     """
     sampler.check_lengths(prompts, config.max_tokens)
     jobs = [(prompt, n) for prompt in prompts for n in range(config.pairs_per_prompt)]
-    pairs = write_chunks(
-        path, jobs, config.prompts_per_chunk, lambda chunk: _pairs(sampler, chunk, config.max_tokens), "compare"
-    )
-    return {"pairs": pairs}
+
+    def work(chunk: Sequence[tuple[Prompt, int]]) -> list[Record]:
+        return _pairs(sampler, chunk, config.max_tokens)
+
+    return {"pairs": write_chunks(path, jobs, config.prompts_per_chunk, work, "compare", parallel)}
 
 
 def _pairs(sampler: Sampler, jobs: Sequence[tuple[Prompt, int]], limit: int) -> list[Record]:

@@ -1,5 +1,6 @@
 """Settings of the RL-CAI stages. Defaults are the paper's (arXiv 2212.08073, section 4; PPO as in 2204.05862)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,12 +55,61 @@ class RewardConfig(OptimSettings):
     """Pairs per optimiser step."""
     heldout_fraction: float = 0.1
     """Share of the prompts whose pairs are kept for accuracy, calibration and the score's mean."""
+    margin: float = 0.0
+    """How far a sure label (p = 1) wants the scores apart before its loss falls, less sure ones in proportion to 2p - 1
+    (arXiv 2307.09288, section 3.2.2); 0 is off.
+    """
+    centring: float = 0.0
+    """Weight of the squared sum of both scores, which draws scores to a mean of 0 (arXiv 2312.09244); 0 is off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "above 0 and below 1")
+        for name in ("margin", "centring"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(OptimSettings):
+    """Direct preference optimisation of the SL-CAI policy on the soft labels."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW (arXiv 2305.18290, appendix B)."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape after the warm-up: constant, or down to 0 in a line or a half cosine."""
+    beta: float = 0.1
+    """How much a nat of log-prob over the SL-CAI policy's is worth as reward: the larger, the nearer it stays."""
+    epochs: int = 1
+    """Passes over the pairs."""
+    batch_size: int = 64
+    """Pairs per optimiser step."""
+    heldout_fraction: float = 0.1
+    """Share of the prompts whose pairs are kept for measuring."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.beta < math.inf, "beta", self.beta, "above 0")
+        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "above 0 and below 1")
+
+
+AT_LEAST_0 = (
+    "kl_coef",
+    "kl_target",
+    "kl_budget",
+    "critic_warmup",
+    "missing_eos_penalty",
+    "value_learning_rate",
+    "value_coef",
+    "clip_high",
+    "importance_cap",
+    "score_clip",
+    "min_entropy",
+    "collapse_baseline",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,27 +135,61 @@ class PPOConfig(OptimSettings):
     minibatches: int = 4
     """Optimiser steps per pass."""
     clip: float = 0.2
-    """Half-width of the policy ratio's clip."""
+    """How far below 1 the policy's ratio is followed."""
+    clip_high: float = 0.0
+    """How far above 1; 0 is as far as below (arXiv 2503.14476 takes 0.28 with a clip of 0.2)."""
+    dual_clip: float = 0.0
+    """Bound of the loss of a negative advantage, in advantages (arXiv 1912.09729 takes 3); 0 is none."""
+    importance_cap: float = 2.0
+    """Cap of the weights that correct what lies between sampler and trainer, token by token; 0 leaves them out."""
+    value: Literal["separate", "shared"] = "separate"
+    """A value model of its own, or a value head on the policy's trunk: one pass then serves both."""
+    value_coef: float = 0.1
+    """Weight of the value loss beside the policy loss on a shared trunk."""
     value_clip: float = 0.2
     """Half-width of the value's clip around its old value."""
     value_learning_rate: float = 1e-5
-    """Peak learning rate of the value model."""
+    """Peak learning rate of a separate value model."""
     gamma: float = 1.0
     """Discount."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
+    whiten_rewards: bool = False
+    """Divide the rewards of a batch by their deviation; their mean stays (arXiv 2403.17031: it shortens answers)."""
     kl_coef: float = 0.001
-    """Weight of the per-token KL to the SL-CAI policy in the reward."""
+    """Weight of the per-token KL to the SL-CAI policy."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL counts: taken from each token's reward, or added to the loss."""
+    kl_estimator: Literal["k2", "k3"] = "k2"
+    """Of the KL in the loss; k2 has the gradient of the KL itself."""
     kl_target: float = 0.0
     """With a target above 0 the weight adapts so that the KL per response (nats) meets it; 0 keeps it fixed."""
     kl_horizon: int = 10_000
     """Episodes over which an adaptive weight moves."""
+    kl_budget: float = 0.0
+    """The run ends when the KL per response (nats) is above this; 0 is no limit."""
     critic_warmup: int = 0
     """Iterations in which only the value model learns."""
     missing_eos_penalty: float = 1.0
     """Taken from the score of a response that did not end by itself."""
-    normalize_scores: bool = True
-    """Divide scores by the standard deviation that the reward model had on held-out answers."""
+    score_stats: Literal["heldout", "running", "none"] = "heldout"
+    """What makes scores have mean 0 and deviation 1: held-out answers, all scores of the run so far, or nothing."""
+    score_clip: float = 0.0
+    """Scores are kept within plus and minus this, before the penalty for no end; 0 is no limit."""
+    collapse: Literal["ignore", "warn", "stop"] = "warn"
+    """What happens when answers show signs of collapse (rlaif/monitor.py)."""
+    collapse_baseline: int = 3
+    """First iterations whose answers are what later ones are compared with."""
+    collapse_rise: float = 0.4
+    """Rise above the baseline of the shares of repetition, boilerplate and missing ends that is a sign of collapse."""
+    collapse_fall: float = 0.2
+    """Fraction of the baseline to which the entropy or the length falls, or 1 over its growth, that is a sign."""
+    max_repetition: float = 1.0
+    """Share of repeated 4-grams that is a sign in itself."""
+    max_boilerplate: float = 1.0
+    """Share of answers with one 8-gram in common that is a sign in itself."""
+    min_entropy: float = 0.0
+    """Entropy per token (nats) that is a sign in itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,12 +197,18 @@ class PPOConfig(OptimSettings):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("clip", "value_clip"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("kl_coef", "kl_target", "critic_warmup", "missing_eos_penalty", "value_learning_rate"):
+        for name in AT_LEAST_0:
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require_cache(self.cache_gib)
         require(self.temperature > 0, "temperature", self.temperature, "above 0 (PPO needs a distribution)")
-        for name in ("gamma", "gae_lambda"):
+        for name in ("gamma", "gae_lambda", "collapse_rise", "collapse_fall", "max_repetition", "max_boilerplate"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        require(self.dual_clip == 0 or self.dual_clip > 1, "dual_clip", self.dual_clip, "0 (none), or above 1")
         require(
             self.minibatches <= self.rollouts, "minibatches", self.minibatches, f"at most rollouts = {self.rollouts}"
         )
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """How far below and above 1 the policy's ratio is followed."""
+        return self.clip, self.clip_high or self.clip

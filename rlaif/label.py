@@ -20,6 +20,7 @@ from bylaw.constitution.schema import Constitution, Principle, draw
 from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.chunks import write_chunks
 from bylaw.model.engine import Engine
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import Record, read_records
 from bylaw.model.sampler import tokenizer_of, turn
 from bylaw.rlaif.config import LabelConfig
@@ -52,7 +53,7 @@ class Judge:
         return tokenizer_of(self.engine).prompt_ids([turn("user", question)], prefix=prefix)
 
 
-def label(judge: Judge, pairs: Sequence[Record], path: Path) -> dict[str, Any]:
+def label(judge: Judge, pairs: Sequence[Record], path: Path, parallel: Parallel = ALONE) -> dict[str, Any]:
     """Write one preference per pair to `path`; returns counts and means.
 
     Goes on where a killed run stopped. Raises ValueError, before any work, for a tokenizer that has no single token for
@@ -60,9 +61,11 @@ def label(judge: Judge, pairs: Sequence[Record], path: Path) -> dict[str, Any]:
     """
     prefix = judge.constitution.templates.answer_prefix
     option_ids = tokenizer_of(judge.engine).option_ids(OPTIONS, after=prefix)
-    write_chunks(
-        path, pairs, judge.config.pairs_per_chunk, lambda chunk: _preferences(judge, chunk, option_ids), "label"
-    )
+
+    def work(chunk: Sequence[Record]) -> list[Record]:
+        return _preferences(judge, chunk, option_ids)
+
+    write_chunks(path, pairs, judge.config.pairs_per_chunk, work, "label", parallel)
     return summary(read_records(path))
 
 

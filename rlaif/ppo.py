@@ -1,60 +1,96 @@
-"""PPO against a reward model, with a KL penalty to the SL-CAI policy (arXiv 1707.06347; details: arXiv 2403.17031).
+"""PPO against reward models, with a KL penalty to the SL-CAI policy (arXiv 1707.06347; details: arXiv 2403.17031).
 
 for each iteration:
     responses ~ policy(prompts)
-    reward_t = [last t] (score - mean) / std  -  kl_coef * (log policy - log reference)
+    reward_t = [last t] score  -  kl_coef * (log policy - log reference)
     advantages, returns = GAE(reward, value);  advantages whitened over the batch
     for each epoch, for each minibatch:  step on the clipped policy loss and on the clipped value loss
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from bylaw.kernels.gae import gae
-from bylaw.kernels.linear_loss import linear_loss
-from bylaw.kernels.philox import permutation
-from bylaw.kernels.policy_loss import Stats, kl_k1, mean_stats, merge_stats, policy_loss, value_loss
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine
+from bylaw.model.engine.weights import weight_version
 from bylaw.model.heads import ScalarModel
 from bylaw.model.metrics import Metrics
-from bylaw.model.optim import adamw, scheduled, update
-from bylaw.model.packing import token_batches
-from bylaw.model.supervised import token_states
-from bylaw.model.train_state import load_state, save_state
+from bylaw.model.optim import adamw
+from bylaw.model.parallel import ALONE, Parallel
+from bylaw.model.prepare import prepare
+from bylaw.model.sampler import tokenizer_of
+from bylaw.model.settings import require
+from bylaw.model.train_state import Checkpoints, Learner
 from bylaw.model.transformer import Transformer
-from bylaw.rlaif.advantages import explained_variance, masked_whiten, next_kl_coef, token_rewards
+from bylaw.rlaif.advantages import importance_weights, masked_whiten, next_kl_coef, token_rewards
 from bylaw.rlaif.config import PPOConfig
-from bylaw.rlaif.rollout import (
-    Rollout,
-    ScoreScale,
-    column,
-    fill_columns,
-    pack_rollouts,
-    response_values,
-    sample_rollouts,
-    score_rollouts,
-)
-
-# What packing and batch size may do to a ratio in float32. Old log-probs come from the update's own micro-batches.
-RATIO_TOLERANCE = 1e-4
-SHOWN = ("loss/policy", "objective/scores", "objective/kl", "val/ended", "tok/s")
+from bylaw.rlaif.monitor import Signs, alarms, baseline_of, signs_of
+from bylaw.rlaif.ppo_batch import Batch, Minibatch, Policy, fill_columns
+from bylaw.rlaif.ppo_measures import SHOWN, Laps, batch_measures, update_measures
+from bylaw.rlaif.ppo_records import RolloutFile
+from bylaw.rlaif.ppo_scores import Moments, Reward, check_rewards, score_rollouts, set_scores
+from bylaw.rlaif.ppo_update import Terms, learn
+from bylaw.rlaif.rollout import Rollout, draw_prompts, sample_rollouts
 
 
 @dataclass(frozen=True)
 class Models:
-    """The policy and value model that learn, and the reference and reward model that do not."""
+    """The policy and value model that learn, and the reference and reward models that do not."""
 
-    policy: Transformer
-    value: ScalarModel
-    reference: Transformer
-    reward: ScalarModel
+    policy: Policy
+    value: ScalarModel  # on a shared trunk: its trunk is the policy
+    reference: Policy
+    rewards: Sequence[Reward]
+    learning: Mapping[str, nn.Module] | None = None  # "policy" and "value", where adapters learn and not whole models
+
+    def learners(self, config: PPOConfig) -> dict[str, Learner]:
+        """The modules that optimisers move: on a shared trunk one, of policy and value head together."""
+        shared = {"policy": self.value}
+        separate = {"policy": self.policy, "value": self.value}
+        parts: Mapping[str, Any] = self.learning or (shared if config.value == "shared" else separate)
+        return {name: Learner(part, adamw(part, config)) for name, part in parts.items()}
+
+
+def shared_value(policy: Transformer) -> ScalarModel:
+    """A value head on the policy's own trunk, which says 0 to begin with."""
+    value = ScalarModel(policy)
+    value.score.to(policy.device)
+    nn.init.zeros_(value.score.weight)
+    return value
+
+
+@dataclass
+class State:
+    """What changes from iteration to iteration beside the models, in JSON values."""
+
+    step: int = 0
+    kl_coef: float = 0.0
+    moments: list[Moments] = field(default_factory=list)
+    baseline: list[Signs] = field(default_factory=list)  # of the first iterations
+    alarms: dict[str, str] = field(default_factory=dict)  # of the last
+
+    @classmethod
+    def of(cls, saved: dict[str, Any] | None, models: Models, config: PPOConfig) -> "State":
+        if saved is None:
+            return cls(kl_coef=config.kl_coef, moments=[Moments() for _ in models.rewards])
+        return cls(**{**saved, "moments": [Moments(**one) for one in saved["moments"]]})
+
+
+class Setup(NamedTuple):
+    """What stays as it is from iteration to iteration."""
+
+    models: Models
+    engine: Engine
+    prompts: Sequence[Prompt]
+    config: PPOConfig
+    seed: int
+    parallel: Parallel
 
 
 def ppo(
@@ -63,195 +99,134 @@ def ppo(
     prompts: Sequence[Prompt],
     folder: Path,
     config: PPOConfig,
-    scale: ScoreScale,
     seed: int,
     show: Callable[[int, Sequence[Rollout]], None] = lambda iteration, rollouts: None,
+    parallel: Parallel = ALONE,
 ) -> dict[str, Any]:
     """Train `models.policy` and `models.value` in place. `engine` samples from the policy's own parameters.
 
-    Metrics and state go to `folder`; goes on from the state there, to the same bits. `show` is called with each
-    iteration's rollouts. Raises FloatingPointError if the first ratio is not 1: sampler and update would disagree.
+    Metrics, rollouts and state go to `folder`; goes on from the state there, in one process to the same bits. `show` is
+    called with each iteration's rollouts. Returns counts and the last iteration's measures; `stopped` says why a run
+    ended before its time, None that it did not. Raises ValueError for settings that do not fit the models, and
+    FloatingPointError if the first ratio is not 1: sampler and update would disagree.
     """
-    learning = {"policy": models.policy, "value": models.value}
-    optimizers = {name: adamw(model, config) for name, model in learning.items()}
-    progress = load_state(folder / "state", learning, optimizers) or {"step": 0, "kl_coef": config.kl_coef}
-    kl_coef = progress["kl_coef"]
+    setup = Setup(models, engine, prompts, config, seed, parallel)
+    _check(setup)
+    for part in (models.policy, models.value):
+        if isinstance(part, nn.Module):
+            prepare(part, config.activation_checkpointing, config.compile)
+    learners = models.learners(config)
     last: dict[str, float] = {}
-    with Metrics(folder / "metrics.jsonl", "ppo", config.iterations, progress["step"]) as metrics:
-        for iteration in range(progress["step"], config.iterations):
-            start = time.monotonic()
-            asked = _draw_prompts(prompts, config.rollouts, seed, iteration)
-            rollouts = sample_rollouts(engine, asked, config, seed, iteration)
-            sampled = time.monotonic()
-            score_rollouts(models.reward, rollouts, scale, config.micro_batch_tokens)
-            plan = _minibatches(rollouts, config, seed, iteration, epoch=0)
-            for minibatch in plan:
-                for run in minibatch:
-                    fill_columns(run, models.policy, models.reference, models.value, config.temperature)
-            set_advantages(rollouts, config, kl_coef)
-            stats = _learn(models, optimizers, rollouts, plan, config, seed, iteration)
-            seconds = time.monotonic() - start
-            last = _measures(rollouts, stats, kl_coef) | {
-                "eps/s": len(rollouts) / seconds,
-                "tok/s": sum(len(rollout.ids) for rollout in rollouts) / seconds,
-                "time/sample_fraction": (sampled - start) / seconds,
-            }
-            metrics.log(iteration, last, {name: last[name] for name in SHOWN})
-            show(iteration, rollouts)
-            if config.kl_target > 0:
-                kl_coef = next_kl_coef(
-                    kl_coef, last["objective/kl"], config.kl_target, len(rollouts), config.kl_horizon
-                )
-            if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
-                save_state(folder / "state", learning, optimizers, {"step": iteration + 1, "kl_coef": kl_coef})
-    return {
-        "iterations": config.iterations,
-        "episodes": config.iterations * config.rollouts,
-        "kl_coef": kl_coef,
-        **last,
-    }
+    stopped = None
+    with Checkpoints(folder / "state", learners, parallel, config.keep_checkpoints) as checkpoints:
+        state = State.of(checkpoints.load(), models, config)
+        saved = state.step
+        file = RolloutFile(folder / "rollouts.jsonl", saved, config.rollouts, seed, parallel)
+        with file, Metrics(folder / "metrics.jsonl", "ppo", config.iterations, saved, parallel.first) as metrics:
+            while state.step < config.iterations and stopped is None:
+                laps, before = Laps(), asdict(state)
+                batch, plan = _episodes(setup, state, file, laps)
+                fill_columns(batch, plan, models.policy, models.reference, models.value, config, parallel)
+                set_advantages(batch, config, state.kl_coef)
+                last = batch_measures(batch, config, state.kl_coef) | _watch(setup, batch, state)
+                laps.end("columns")
+                stopped = _reason_to_stop(last, state, config)
+                if stopped is None:
+                    terms = Terms(
+                        models.policy, models.value, batch, config, state.kl_coef, state.step < config.critic_warmup
+                    )
+                    last |= update_measures(learn(learners, terms, plan, seed, state.step, parallel))
+                laps.end("update")
+                last |= laps.measures(batch)
+                metrics.log(state.step, last, {name: last[name] for name in SHOWN if name in last})
+                show(state.step, batch.rollouts)
+                if stopped is None:
+                    _advance(state, last, config)
+                due = state.step % config.save_every == 0 and state.step < config.iterations
+                if state.step != saved and (due or stopped):
+                    checkpoints.save(before if stopped else asdict(state))
+                    saved = state.step
+    counts = {"iterations": state.step, "episodes": state.step * config.rollouts, "kl_coef": state.kl_coef}
+    return counts | {"stopped": stopped} | last
 
 
-def set_advantages(rollouts: Sequence[Rollout], config: PPOConfig, kl_coef: float) -> None:
-    """Set the columns advantages (whitened over the batch) and returns."""
-    lengths = [len(rollout.response) for rollout in rollouts]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    scores = torch.tensor([rollout.score for rollout in rollouts])
-    names = ("logprobs", "reference", "values")
-    logprobs, reference, values = (column(rollouts, name).cpu() for name in names)
-    rewards = token_rewards(scores, logprobs, reference, cu_seqlens, kl_coef)
-    advantages, returns = gae(rewards, values, cu_seqlens, config.gamma, config.gae_lambda)
-    whitened = masked_whiten(advantages, torch.ones_like(advantages, dtype=torch.bool), shift_mean=True)
-    device = rollouts[0].columns["values"].device
-    for name, whole in (("advantages", whitened), ("returns", returns)):
-        for rollout, piece in zip(rollouts, whole.to(device).split(lengths), strict=True):
-            rollout.columns[name] = piece
+def set_advantages(batch: Batch, config: PPOConfig, kl_coef: float) -> None:
+    """Set the columns advantages (whitened over the batch), returns, and policy_advantages (times importance weights).
+
+    The batch is all ranks'.
+    """
+    columns, all_of = batch.columns, torch.ones_like(batch.columns["values"], dtype=torch.bool)
+    scores = torch.tensor([rollout.score for rollout in batch.rollouts], device=batch.device)
+    coef = kl_coef if config.kl_in == "reward" else 0.0
+    rewards = token_rewards(scores, columns["logprobs"], columns["reference"], batch.cu_seqlens, coef)
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, all_of, shift_mean=False)
+    advantages, returns = gae(rewards, columns["values"], batch.cu_seqlens, config.gamma, config.gae_lambda)
+    advantages = masked_whiten(advantages, all_of, shift_mean=True)
+    weighted = advantages
+    if config.importance_cap:
+        weighted = advantages * importance_weights(columns["logprobs"], columns["sampler"], config.importance_cap)
+    columns |= {"advantages": advantages, "returns": returns, "policy_advantages": weighted}
 
 
-def _draw_prompts(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:
-    """The iteration's prompts, from an endless series of shuffled passes over all of them."""
-    places = range(iteration * count, (iteration + 1) * count)
-    orders = {epoch: permutation(seed, len(prompts), epoch) for epoch in {place // len(prompts) for place in places}}
-    return [prompts[int(orders[place // len(prompts)][place % len(prompts)])] for place in places]
+def _check(setup: Setup) -> None:
+    models, config, ranks = setup.models, setup.config, setup.parallel.data_ranks
+    check_rewards(models.rewards, config)
+    if config.value == "shared" and getattr(models.policy, "trunk", models.policy) is not models.value.trunk:
+        raise ValueError('value = "shared", but the value head stands on a trunk of its own; allowed: the policy\'s')
+    require(config.rollouts >= ranks, "rollouts", config.rollouts, f"at least the number of data ranks, {ranks}")
+    if not setup.prompts:
+        raise ValueError("there are no prompts to draw responses to")
 
 
-def _minibatches(
-    rollouts: Sequence[Rollout], config: PPOConfig, seed: int, iteration: int, epoch: int
-) -> list[list[list[Rollout]]]:
-    """The rollouts in a new order: minibatches of near-equal size, each cut into micro-batches by tokens."""
-    order = permutation(seed + 1, len(rollouts), iteration * config.epochs + epoch).tensor_split(config.minibatches)
-    shuffled = [[rollouts[int(i)] for i in part] for part in order]
-    return [
-        [[part[i] for i in run] for run in token_batches([len(r.ids) for r in part], config.micro_batch_tokens)]
-        for part in shuffled
-    ]
+def _episodes(setup: Setup, state: State, file: RolloutFile, laps: Laps) -> tuple[Batch, list[Minibatch]]:
+    """The iteration's episodes, scored and written down, and the first epoch's minibatches."""
+    models, engine, prompts, config, seed, parallel = setup
+    asked = draw_prompts(prompts, config.rollouts, seed, state.step)
+    weights = weight_version(engine.model).hex()
+    rollouts = file.take(state.step, asked, tokenizer_of(engine), weights)
+    drawn = not rollouts
+    if drawn:
+        rollouts = sample_rollouts(engine, asked, config, seed, state.step, parallel)
+    laps.end("sample")
+    batch = Batch(rollouts, models.policy.device)
+    plan = batch.minibatches(config, seed, state.step, 0, parallel)
+    if drawn:
+        score_rollouts(models.rewards, batch, plan, parallel)
+    set_scores(models.rewards, rollouts, config, state.moments)
+    if drawn:
+        file.add(state.step, rollouts, weights)
+    laps.end("score")
+    return batch, plan
 
 
-def _learn(
-    models: Models,
-    optimizers: dict[str, torch.optim.AdamW],
-    rollouts: Sequence[Rollout],
-    plan: list[list[list[Rollout]]],
-    config: PPOConfig,
-    seed: int,
-    iteration: int,
-) -> dict[str, float]:
-    """All epochs of updates on one batch; returns the statistics over them."""
-    parts: list[Stats] = []
-    norms: list[float] = []
-    actor_moves = iteration >= config.critic_warmup
-    for epoch in range(config.epochs):
-        for minibatch in plan if epoch == 0 else _minibatches(rollouts, config, seed, iteration, epoch):
-            parts.append(_gradients(models, minibatch, config))
-            if len(parts) == 1:
-                _check_first_ratio(parts[0])
-            rate = scheduled(config, config.learning_rate, iteration, config.iterations)
-            value_rate = scheduled(config, config.value_learning_rate, iteration, config.iterations)
-            if actor_moves:
-                norms.append(update(models.policy, optimizers["policy"], rate, config.max_grad_norm))
-            models.policy.zero_grad(set_to_none=True)
-            update(models.value, optimizers["value"], value_rate, config.max_grad_norm)
-    grad_norm = sum(norms) / len(norms) if norms else 0.0
-    first_gap = float(parts[0]["ratio_gap_max"])
-    return mean_stats(merge_stats(parts)) | {"lr": rate, "grad_norm": grad_norm, "first_ratio_gap": first_gap}
+def _watch(setup: Setup, batch: Batch, state: State) -> dict[str, float]:
+    """Signs of collapse, as measures; the alarms among them go to the state, and new ones are printed."""
+    config = setup.config
+    if config.collapse == "ignore":
+        return {}
+    signs = signs_of(batch.rollouts, float(batch.columns["entropy"].mean()))
+    begun = len(state.baseline) >= config.collapse_baseline
+    found = alarms(signs, baseline_of(state.baseline) if begun else {}, config)
+    if setup.parallel.first and found.keys() - state.alarms.keys():
+        print(f"ppo {state.step + 1}: the answers show signs of collapse: {'; '.join(found.values())}", flush=True)
+    state.alarms = found
+    if not begun:
+        state.baseline.append(signs)
+    return {f"collapse/{name}": value for name, value in signs.items()} | {"collapse/alarms": float(len(found))}
 
 
-def _gradients(models: Models, minibatch: list[list[Rollout]], config: PPOConfig) -> Stats:
-    """Put the gradients of one minibatch into policy and value model, micro-batch by micro-batch."""
-    tokens = sum(len(rollout.response) for run in minibatch for rollout in run)
-    parts = []
-    for run in minibatch:
-        packed, places = pack_rollouts(run, models.policy.device)
-        hidden, targets = token_states(models.policy, packed, places)
-        old, advantages = column(run, "logprobs"), column(run, "advantages")
-        loss, logprobs, _ = linear_loss(
-            hidden,
-            models.policy.head_weight,
-            targets,
-            old_logprobs=old,
-            advantages=advantages,
-            clip=config.clip,
-            temperature=config.temperature,
-            ignore_index=None,
-        )
-        (loss / tokens).backward()
-        loss, stats = policy_loss(logprobs, old, advantages, config.clip, tokens)
-        values = response_values(models.value, packed, places)
-        error, value_stats = value_loss(
-            values, column(run, "values"), column(run, "returns"), config.value_clip, tokens
-        )
-        error.backward()
-        losses = {"policy_loss": loss.detach().double() * tokens, "value_loss": error.detach().double() * tokens}
-        parts.append(value_stats | stats | losses)
-    return merge_stats(parts)
+def _reason_to_stop(measures: Mapping[str, float], state: State, config: PPOConfig) -> str | None:
+    kl = measures["objective/kl"]
+    if config.kl_budget and kl > config.kl_budget:
+        return f"the KL per response is {kl:.4g} nats, above kl_budget = {config.kl_budget:g}"
+    if config.collapse == "stop" and state.alarms:
+        return f"signs of collapse: {'; '.join(state.alarms.values())}"
+    return None
 
 
-def _check_first_ratio(stats: Stats) -> None:
-    gap = float(stats["ratio_gap_max"])
-    if not gap <= RATIO_TOLERANCE:
-        raise FloatingPointError(
-            f"before the first update the policy's ratio to itself is off by {gap:.3g} (allowed: {RATIO_TOLERANCE}); "
-            "old and new log-probs are not taken in the same way"
-        )
-
-
-@torch.no_grad()
-def _measures(rollouts: Sequence[Rollout], stats: dict[str, float], kl_coef: float) -> dict[str, float]:
-    """Statistics under the names that PPO users know. Sums over a response's tokens, then means over responses."""
-    count = len(rollouts)
-    logprobs, reference = column(rollouts, "logprobs"), column(rollouts, "reference")
-    kl = float(kl_k1(logprobs, reference).sum()) / count
-    scores = sum(rollout.score for rollout in rollouts) / count
-    sampler = torch.cat([rollout.sampler_logprobs for rollout in rollouts]).to(logprobs.device)
-    measures = {
-        "objective/kl": kl,
-        "objective/entropy": float(column(rollouts, "entropy").sum()) / count,
-        "objective/scores": scores,
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": scores - kl_coef * kl,
-        "objective/kl_coef": kl_coef,
-        "policy/approxkl": stats["approx_kl_k3"],
-        "policy/clipfrac": stats["clip_fraction"],
-        "loss/policy": stats["policy_loss"],
-        "loss/value": stats["value_loss"],
-        "val/clipfrac": stats["value_clip_fraction"],
-        "val/ratio": stats["ratio"],
-        "val/first_ratio_gap": stats["first_ratio_gap"],
-        "val/ended": sum(rollout.ended for rollout in rollouts) / count,
-        "val/response_tokens": len(logprobs) / count,
-        "grad_norm": stats["grad_norm"],
-        "lr": stats["lr"],
-    } | _sampler_gap(sampler, logprobs)
-    explained = explained_variance(column(rollouts, "values"), column(rollouts, "returns"))
-    return measures | ({"val/explained_variance": explained} if explained == explained else {})
-
-
-def _sampler_gap(sampler: Tensor, trainer: Tensor) -> dict[str, float]:
-    """How far the log-probs [n] that the tokens were drawn by lie from those that the update takes, in TRL's names."""
-    gap = trainer - sampler
-    ratio = gap.exp()
-    return {
-        "sampling/sampling_logp_difference/mean": float(gap.abs().mean()),
-        "sampling/sampling_logp_difference/max": float(gap.abs().max()),
-        "sampling/importance_sampling_ratio/outside_0.1": float(((ratio < 0.9) | (ratio > 1.1)).float().mean()),
-    }
+def _advance(state: State, measures: Mapping[str, float], config: PPOConfig) -> None:
+    state.step += 1
+    if config.kl_target > 0:
+        kl = measures["objective/kl"]
+        state.kl_coef = next_kl_coef(state.kl_coef, kl, config.kl_target, config.rollouts, config.kl_horizon)

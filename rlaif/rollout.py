@@ -1,133 +1,70 @@
-"""Episodes for PPO: responses of the policy, their scores, and the per-token columns that PPO needs."""
+"""Episodes for PPO: prompts, the policy's responses to them, and what reward models say of those."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from bylaw.kernels.linear_logprob import LogProbs, linear_logprob
-from bylaw.kernels.philox import request_id
+from bylaw.kernels.philox import permutation, request_id
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine, Request
-from bylaw.model.heads import ScalarModel
-from bylaw.model.packing import Packed, pack, token_batches
+from bylaw.model.parallel import ALONE, Parallel, deal
 from bylaw.model.sampler import tokenizer_of
-from bylaw.model.settings import require
-from bylaw.model.supervised import token_states
-from bylaw.model.transformer import Transformer
 from bylaw.rlaif.config import PPOConfig
 
 
 @dataclass
 class Rollout:
-    """One episode. The tensors are columns [R] over its response tokens."""
+    """One episode, as token ids. `request` names its draws, and `raw` has the score of each reward model as it came."""
 
     prompt_id: str
     prompt: list[int]
     response: list[int]
-    sampler_logprobs: Tensor
+    sampler_logprobs: list[float]
     ended: bool
+    request: int = 0
+    raw: list[float] = field(default_factory=list)
     score: float = 0.0
-    columns: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[int]:
         return self.prompt + self.response
 
 
-@dataclass(frozen=True)
-class ScoreScale:
-    """How a reward model's raw score becomes an episode's score: (raw - mean) / std, less a penalty for no end.
+def draw_prompts(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:
+    """The iteration's prompts, from an endless series of shuffled passes over all of them."""
+    places = range(iteration * count, (iteration + 1) * count)
+    orders = {epoch: permutation(seed, len(prompts), epoch) for epoch in {place // len(prompts) for place in places}}
+    return [prompts[int(orders[place // len(prompts)][place % len(prompts)])] for place in places]
 
-    Raises ValueError for a deviation that nothing can be divided by: that of a reward model with one score for all.
-    """
 
-    mean: float
-    std: float
-    missing_eos_penalty: float
-
-    def __post_init__(self) -> None:
-        require(0 < self.std < math.inf, "score_std", self.std, "a finite number above 0 (or normalize_scores = false)")
-
-    def __call__(self, raw: float, ended: bool) -> float:
-        return (raw - self.mean) / self.std - (0.0 if ended else self.missing_eos_penalty)
+def rollout_request(iteration: int, place: int, prompt: Prompt) -> int:
+    """What names the draws of a response: iteration, place in it and prompt."""
+    return request_id("rollout", iteration, place, prompt.id)
 
 
 def sample_rollouts(
-    engine: Engine, prompts: Sequence[Prompt], config: PPOConfig, seed: int, iteration: int
+    engine: Engine, prompts: Sequence[Prompt], config: PPOConfig, seed: int, iteration: int, parallel: Parallel = ALONE
 ) -> list[Rollout]:
-    """One response to each prompt, plain sampling at the run's temperature; draws are named by iteration and place."""
+    """One response to each prompt, plain sampling at the run's temperature.
+
+    Each data rank draws for its share of the prompts; every rank gets all responses.
+    """
     tokenizer = tokenizer_of(engine)
     requests = [
         Request(
             prompt=tokenizer.prompt_ids(prompt.messages),
             max_tokens=config.max_tokens,
             seed=seed,
-            request=request_id("rollout", iteration, place, prompt.id),
+            request=rollout_request(iteration, place, prompt),
             temperature=config.temperature,
             stop_ids=tokenizer.stop_ids,
         )
         for place, prompt in enumerate(prompts)
     ]
+    mine = deal([len(request.prompt) for request in requests], parallel.data_ranks)[parallel.data_rank]
     engine.forget()  # where the weights have not moved: in the critic's warm-up
-    completions = engine.generate(requests)
+    done = engine.generate([requests[i] for i in mine])
+    answers = [(i, one.ids, one.logprobs, one.finish == "stop") for i, one in zip(mine, done, strict=True)]
     return [
-        Rollout(prompt.id, list(request.prompt), done.ids, torch.tensor(done.logprobs), done.finish == "stop")
-        for prompt, request, done in zip(prompts, requests, completions, strict=True)
+        Rollout(prompts[i].id, list(requests[i].prompt), ids, logprobs, ended, requests[i].request)
+        for i, ids, logprobs, ended in sorted(answer for part in parallel.gather(answers) for answer in part)
     ]
-
-
-@torch.no_grad()
-def score_rollouts(model: ScalarModel, rollouts: Sequence[Rollout], scale: ScoreScale, budget: int) -> None:
-    """Set each rollout's score: the reward model at the response's last token, on prompt and response."""
-    for run in token_batches([len(rollout.ids) for rollout in rollouts], budget):
-        packed = pack([rollouts[i].ids for i in run], model.trunk.device)
-        for i, raw in zip(run, model(packed)[packed.last].tolist(), strict=True):
-            rollouts[i].score = scale(raw, rollouts[i].ended)
-
-
-def pack_rollouts(rollouts: Sequence[Rollout], device: torch.device) -> tuple[Packed, Tensor]:
-    """The episodes as one packed stream of T tokens, and the places [n] of the response tokens in it."""
-    packed = pack([rollout.ids for rollout in rollouts], device)
-    flags = [flag for r in rollouts for flag in [False] * len(r.prompt) + [True] * len(r.response)]
-    return packed, torch.tensor(flags).nonzero().squeeze(-1).to(device)
-
-
-def response_values(model: ScalarModel, packed: Packed, places: Tensor) -> Tensor:
-    """The value [n] of the state that each token at `places` was chosen in: the scalar head one token before it."""
-    return model(packed)[places - 1]
-
-
-def response_logprobs(model: Transformer, packed: Packed, places: Tensor, temperature: float) -> LogProbs:
-    """Log-probs, entropies and log-normalisers [n] at `places`. No gradient."""
-    hidden, tokens = token_states(model, packed, places)
-    return linear_logprob(hidden, model.head_weight, tokens, temperature)
-
-
-@torch.no_grad()
-def fill_columns(
-    rollouts: Sequence[Rollout], policy: Transformer, reference: Transformer, value: ScalarModel, temperature: float
-) -> None:
-    """Set the columns logprobs, reference, values and entropy of one micro-batch.
-
-    Called with the micro-batches of the first update, so that its first ratio is exactly 1.
-    """
-    packed, places = pack_rollouts(rollouts, policy.device)
-    now = response_logprobs(policy, packed, places, temperature)
-    columns = {
-        "logprobs": now.logprobs,
-        "reference": response_logprobs(reference, packed, places, temperature).logprobs,
-        "values": response_values(value, packed, places),
-        "entropy": now.entropy,
-    }
-    lengths = [len(rollout.response) for rollout in rollouts]
-    for name, column in columns.items():
-        for rollout, piece in zip(rollouts, column.split(lengths), strict=True):
-            rollout.columns[name] = piece
-
-
-def column(rollouts: Sequence[Rollout], name: str) -> Tensor:
-    """A column [n] over the response tokens of all `rollouts`."""
-    return torch.cat([rollout.columns[name] for rollout in rollouts])

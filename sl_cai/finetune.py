@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import Record
 from bylaw.model.sampler import answer_ids
 from bylaw.model.supervised import Example, train_supervised
@@ -60,6 +61,7 @@ def finetune(
     config: FinetuneConfig,
     seed: int,
     show: Callable[[int, int], None] = lambda step, steps: None,
+    parallel: Parallel = ALONE,
 ) -> dict[str, Any]:
     """Train `model` in place on chains and helpful samples; state and metrics go to `folder`. Returns counts.
 
@@ -86,6 +88,7 @@ def finetune(
         folder=folder,
         stage="finetune",
         show=show,
+        parallel=parallel,
     )
     return revision_counts | helpful_counts | over | trained
 

@@ -20,6 +20,7 @@ from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.chunks import write_chunks
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Script
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import Record
 from bylaw.model.sampler import Sampler, Turn, said, turn
 from bylaw.sl_cai.config import ReviseConfig
@@ -57,7 +58,7 @@ class Reviser:
         return answer + config.max_critique_tokens + config.max_revision_tokens + max(frames)
 
 
-def revise(reviser: Reviser, prompts: Sequence[Prompt], path: Path) -> dict[str, int]:
+def revise(reviser: Reviser, prompts: Sequence[Prompt], path: Path, parallel: Parallel = ALONE) -> dict[str, int]:
     """Write one chain of answer, critiques and revisions per prompt to `path`; returns counts.
 
     Goes on where a killed run stopped. Raises ValueError, before any work, for a prompt that leaves too little context,
@@ -70,17 +71,22 @@ def revise(reviser: Reviser, prompts: Sequence[Prompt], path: Path) -> dict[str,
         reviser.sampler.engine.forget()
         return reviser.sampler.engine.chain([_chain(reviser, prompt) for prompt in chunk])
 
-    chains = write_chunks(path, prompts, config.prompts_per_chunk, work, "revise")
+    chains = write_chunks(path, prompts, config.prompts_per_chunk, work, "revise", parallel)
     return {"chains": chains, "rounds": config.rounds}
 
 
-def sample_helpful(reviser: Reviser, prompts: Sequence[Prompt], path: Path) -> dict[str, int]:
+def sample_helpful(
+    reviser: Reviser, prompts: Sequence[Prompt], path: Path, parallel: Parallel = ALONE
+) -> dict[str, int]:
     """Write the helpful samples to `path`: a prompt's own answer if it brings one, else `helpful_samples` draws."""
     config = reviser.config
     jobs = [(p, n) for p in prompts for n in range(1 if p.answer else config.helpful_samples)]
     reviser.sampler.check_lengths([p for p in prompts if not p.answer], config.max_answer_tokens)
-    samples = write_chunks(path, jobs, config.prompts_per_chunk, lambda chunk: _helpful(reviser, chunk), "helpful")
-    return {"helpful": samples}
+
+    def work(chunk: Sequence[tuple[Prompt, int]]) -> list[Record]:
+        return _helpful(reviser, chunk)
+
+    return {"helpful": write_chunks(path, jobs, config.prompts_per_chunk, work, "helpful", parallel)}
 
 
 def _chain(reviser: Reviser, prompt: Prompt) -> Script[Record]:

@@ -90,12 +90,12 @@ def test_help_with_a_recipe_shows_its_values(whole: Path, capsys: pytest.Capture
 def test_flags_go_over_the_file(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("bylaw.pipeline.run_pipeline", lambda recipe, stages: asked.append((recipe, stages)) or {})
-    flags = ["--ppo.iterations", "5", "--label.principles", "all", "--ppo.no-normalize-scores"]
+    flags = ["--ppo.iterations", "5", "--label.principles", "all", "--no-resume"]
     main(["run", str(whole / "recipe.toml"), *flags])
     recipe, stages = asked.pop()
     in_file = load_recipe(whole / "recipe.toml")
     assert stages == STAGES and recipe.ppo.iterations == 5 and in_file.ppo.iterations == 6
-    assert (recipe.label.principles, recipe.ppo.normalize_scores) == ("all", False)
+    assert (recipe.label.principles, recipe.resume) == ("all", False) and in_file.resume
     assert (recipe.revise, recipe.base, recipe.ppo.rollouts) == (in_file.revise, in_file.base, in_file.ppo.rollouts)
 
 

@@ -2,6 +2,7 @@
 and again ends with the files of one that was not. Each run is a process of its own, as a person starts it.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -217,14 +218,19 @@ def test_scores_that_are_all_alike_are_refused(finished: Path, tmp_path: Path) -
     fields = json.loads(config.read_text())
     fields["bylaw"]["score_std"] = 0.0
     config.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"score_std = 0\.0.*ppo\.normalize_scores = false"):
+    with pytest.raises(ValueError, match=r'score_std = 0\.0.*ppo\.score_stats = "running"'):
         run_pipeline(load_recipe(recipe), ("ppo",))
 
 
-def test_one_process_only(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE = 2"):
-        run_pipeline(load_recipe(finished / "recipe.toml"))
+def test_a_run_that_must_not_go_on_is_refused_before_any_work(finished: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_run(tmp_path))
+    shutil.copytree(finished / "revise", recipe.out / "revise")
+    anew = dataclasses.replace(recipe, resume=False)
+    with pytest.raises(ValueError, match=r"resume = false, but .*out/revise was begun; .* resume = true"):
+        run_pipeline(anew)
+    assert not (recipe.out / "recipe.toml").exists()
+    with pytest.raises(FileNotFoundError, match="run `bylaw finetune`"):  # a stage that was not begun is not refused
+        run_pipeline(anew, ("compare",))
 
 
 def pages_of(engine: Engine) -> int:

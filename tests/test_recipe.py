@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bylaw.recipe import STAGES, Recipe, dump_recipe, load_recipe
+from bylaw.recipe import EVERY_STAGE, STAGES, Recipe, dump_recipe, load_recipe
 from bylaw.rlaif.config import PPOConfig
 
 LEAST = 'out = "o"\nbase = "b"\nprompts = "p.jsonl"\n'
@@ -29,7 +29,15 @@ def test_file_sets_values_and_defaults_fill_the_rest(tmp_path: Path) -> None:
 
 def test_stages_are_tables_of_the_recipe() -> None:
     names = [field.name for field in dataclasses.fields(Recipe)]
-    assert tuple(names[-len(STAGES) :]) == STAGES
+    assert tuple(names[-len(EVERY_STAGE) :]) == EVERY_STAGE
+
+
+def test_a_run_ends_with_ppo_or_with_dpo(tmp_path: Path) -> None:
+    assert read(tmp_path, LEAST).stages == STAGES
+    recipe = read(tmp_path, LEAST + 'last = "dpo"\n[dpo]\nbeta = 0.2\n')
+    assert recipe.stages == ("revise", "finetune", "compare", "label", "dpo") and recipe.dpo.beta == 0.2
+    with pytest.raises(ValueError, match="beta = 0"):
+        read(tmp_path, LEAST + "[dpo]\nbeta = 0\n")
 
 
 def test_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +97,7 @@ def test_dump_spells_out_every_setting() -> None:
         (LEAST + "seed = true", ["seed = True", "int"]),
         (LEAST + "[ppo]\nkl_coef = false", ["ppo: kl_coef = False", "float"]),
         (LEAST + "[ppo]\niterations = 2.0", ["ppo: iterations = 2.0", "int"]),
-        (LEAST + "[ppo]\nnormalize_scores = 1", ["ppo: normalize_scores = 1", "bool"]),
+        (LEAST + "[ppo]\nwhiten_rewards = 1", ["ppo: whiten_rewards = 1", "bool"]),
         (LEAST + 'judge = "me"', ["judge = 'me'", "'base' or 'sl-cai'"]),
         (LEAST + "judge = []", ["judge = []", "'base' or 'sl-cai'"]),
         (LEAST + "ppo = 5", ["ppo = 5", "[ppo]"]),

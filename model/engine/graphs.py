@@ -18,6 +18,7 @@ from bylaw.kernels.upload import upload
 from bylaw.model.engine.draws import Drawn, Draws
 from bylaw.model.engine.pages import Pages
 from bylaw.model.engine.prefix import PAGE
+from bylaw.model.lora import active_stamp
 from bylaw.model.transformer import Transformer
 
 Work = Callable[[], None]
@@ -91,7 +92,7 @@ class GraphDecoder:
             self._running = slots
 
     def _advance(self, rows: int, width: int) -> None:
-        size = rows, width
+        size = active_stamp(self.model), rows, width  # what runs, and how it is scaled, is fixed at the capture
         if not self._enabled or size not in self._replays:
             # The first time compiles kernels and allocates workspaces, which a capture must not.
             self._replays[size] = None
@@ -111,7 +112,7 @@ class GraphDecoder:
 
     def _drop(self) -> None:
         # A pool all of whose graphs are gone cannot be captured into again.
-        self._replays: dict[tuple[int, int], Work | None] = {}
+        self._replays: dict[tuple[str, int, int], Work | None] = {}
         self._capture = self.capturing()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bylaw.kernels.upload import upload
 from bylaw.model.engine.page_streams import PagePrefill, PageStep, sparse_step, steady_step
 from bylaw.model.engine.prefix import PAGE, Path, Segment, length
-from bylaw.model.engine.store import Item
+from bylaw.model.engine.store import Item, kv_heads
 from bylaw.model.transformer import Transformer
 
 LONG_TOKENS = 256  # a run this long is a segment even for one text: another may come that begins like it
@@ -60,7 +60,7 @@ class Pages:
         """`pages` pages, allocated at the first use, for at most `rows` rows."""
         config, weight = model.config, model.embed.weight
         self.pages, self.pool = pages, Pool(pages)
-        self.shape = (2, config.num_layers, pages, PAGE, config.num_kv_heads, config.head_dim)
+        self.shape = (2, config.num_layers, pages, PAGE, kv_heads(model), config.head_dim)
         self.dtype, self.device = weight.dtype, weight.device
         self.width = min(pages, -(-config.max_position_embeddings // PAGE))  # of a row's line
         self.table = torch.zeros(rows, self.width, dtype=torch.int32, device=self.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bylaw.model.engine.prefix import PAGE, Path, Segment, length
 from bylaw.model.engine.slab_streams import SlabPrefill, SlabStep, Users, users_of
-from bylaw.model.engine.store import Item
+from bylaw.model.engine.store import Item, kv_heads
 from bylaw.model.transformer import Transformer
 
 # A prefix is shared when this many products (of a layer) need not be computed again ...
@@ -29,7 +29,7 @@ class Slabs:
         """At most `pages` pages; as a rule, room for `rows` rows is made at once."""
         config, weight = model.config, model.embed.weight
         self.pages, self.goal = pages, rows
-        self.layers, self.heads, self.size = config.num_layers, config.num_kv_heads, config.head_dim
+        self.layers, self.heads, self.size = config.num_layers, kv_heads(model), config.head_dim
         self.dtype, self.device = weight.dtype, weight.device
         self.token_bytes = 2 * self.heads * self.size * self.dtype.itemsize  # of a layer
         self.products = sum(p.numel() for p in model.blocks[0].parameters())  # of a layer, for a token

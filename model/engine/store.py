@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bylaw.model.engine.prefix import PAGE, Path, Segment, length
 from bylaw.model.settings import require
-from bylaw.model.transformer import Stream, Transformer
+from bylaw.model.transformer import Block, Stream, Transformer
 
 GIB = 1 << 30
 DEFAULT_CPU_GIB = 2.0
@@ -111,10 +111,17 @@ class Store(Protocol):
         ...
 
 
+def kv_heads(model: Transformer) -> int:
+    """Of this rank: tensor ranks share out the heads (model/sharding.py)."""
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    return block.kv_heads
+
+
 def page_bytes(model: Transformer) -> int:
     """Bytes of one page: keys and values of PAGE tokens in all layers."""
     config = model.config
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * PAGE * model.embed.weight.element_size()
+    return 2 * config.num_layers * kv_heads(model) * config.head_dim * PAGE * model.embed.weight.element_size()
 
 
 def budget(model: Transformer, cache_gib: float | None) -> int:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bylaw.model.lora import active_stamp, idle_parameters
+
 CACHED, LAUNCHED = 1 << 15, 1 << 23
 """Integers of 8 bytes that a CPU core has in its cache, and that a GPU takes at once."""
 SCRAMBLE = 0x1E3779B97F4A7C15
@@ -19,7 +21,8 @@ FSDP = "torch.distributed.fsdp."
 
 
 def weight_version(model: nn.Module) -> bytes:
-    """16 bytes that name `model`'s parameters and buffers: their names, shapes, dtypes and bits, on one device.
+    """16 bytes that name `model`'s parameters and buffers: their names, shapes, dtypes and bits, on one device. Of
+    adapters, it is the one in use that counts, and its settings.
 
     Read from the values, because a write through `.data` and an all-gather of FSDP leave torch's version counters as
     they were. What is hashed are the sums of each matrix's columns, taken as integers modulo 2**64, with an odd factor
@@ -27,10 +30,11 @@ def weight_version(model: nn.Module) -> bytes:
     Weights that come back get their version back.
     One pass over the weights, one synchronisation with a GPU. Of DTensors, this rank's shards are read.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(active_stamp(model).encode(), digest_size=16)
     sums: list[Tensor] = []
+    idle = idle_parameters(model)
     named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
+    for name, tensor in (one for one in named if one[0] not in idle):
         # A DTensor is told by its method: its class takes seconds to import, and most programs have none.
         local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         digest.update(f"{name} {tuple(local.shape)} {local.dtype}\n".encode())

@@ -9,9 +9,8 @@ from pathlib import Path
 import tyro
 
 from bylaw import __version__
-from bylaw.recipe import STAGES, DemoConfig, Recipe, load_recipe
-
-USAGE_ERROR = 2
+from bylaw.recipe import DemoConfig, Recipe, load_recipe
+from bylaw.together import USAGE_ERROR, once_a_machine
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args[0] == "--version":
         print(__version__)
         return
-    name, rest = args[0], args[1:]
+    name, rest, code = args[0], args[1:], 0
     try:
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, 1)
@@ -33,10 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"no such command{hint} Allowed: {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"bylaw {name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        rank = os.environ.get("RANK", "0")
+        where = f"{name}, rank {rank}" if rank != "0" else name
+        print(f"bylaw {where}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        code = USAGE_ERROR
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if code:  # out here the error is gone, and with it what its traceback holds: process groups, models
+        sys.exit(code)
 
 
 def _overview() -> str:
@@ -56,15 +59,18 @@ def _demo(args: list[str]) -> None:
 
 
 def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
+    """Run the stages `names`; with none, all that the recipe asks for."""
     prog, about = f"bylaw {command} [RECIPE.toml]", COMMANDS[command].__doc__
-    if args and not args[0].startswith("-"):
-        recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog, description=about)
-    else:
-        recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)
+    with once_a_machine():
+        if args and not args[0].startswith("-"):
+            recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog, description=about)
+        else:
+            recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)
     from bylaw.pipeline import run_pipeline  # torch: only once the help and the mistakes are out of the way
 
-    for name, manifest in run_pipeline(recipe, names).items():
-        print(f"{name}: {manifest['counts']} in {manifest['seconds']} s")
+    for name, manifest in run_pipeline(recipe, names or recipe.stages).items():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {manifest['counts']} in {manifest['seconds']} s")
 
 
 def _stage_command(names: Sequence[str], command: str, summary: str) -> Callable[[list[str]], None]:
@@ -145,13 +151,14 @@ def _bench(args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
-    "run": _stage_command(STAGES, "run", "All stages on your own checkpoint, constitution and prompts."),
+    "run": _stage_command((), "run", "All stages on your own checkpoint, constitution and prompts."),
     "revise": _stage_command(("revise",), "revise", "Answer each prompt, criticise and revise by principles."),
     "finetune": _stage_command(("finetune",), "finetune", "Supervised training on the revisions: the SL-CAI model."),
     "compare": _stage_command(("compare",), "compare", "Two answers of the SL-CAI model to each prompt."),
     "label": _stage_command(("label",), "label", "Which of two answers keeps the principles better."),
     "reward": _stage_command(("reward",), "reward", "Train a reward model on the labels."),
     "ppo": _stage_command(("ppo",), "ppo", "PPO against the reward model: the RL-CAI model."),
+    "dpo": _stage_command(("dpo",), "dpo", "DPO on the labels, without a reward model: another last stage."),
     "chat": _chat,
     "bench": _bench,
     "constitution": _constitution,

@@ -1,6 +1,7 @@
 """`bylaw demo`: the pipeline on the village, then what changed, by the oracle, on asks held out of training."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +27,17 @@ MEASURES = ("complied_harmful", "refused_harmful", "refused_with_reason", "helpf
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Run the pipeline, measure, print the table and three chains, and write summary.json; returns the summary."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    recipe = village_recipe(config)
+    """Run the pipeline, measure, print the table and three chains, and write summary.json; returns the summary.
+
+    Of torchrun's processes the first measures, when all have trained; the others return nothing.
+    """
+    recipe, first = village_recipe(config), os.environ.get("RANK", "0") == "0"
+    if first:
+        write_prompts(recipe.prompts, prompts(heldout=False, harmful=True))
+        write_prompts(Path(recipe.helpful), prompts(heldout=False, harmful=False, forms=3))
     manifests = run_pipeline(recipe)
+    if not first:
+        return {}
     start = time.time()
     summary = evaluate(Run(recipe), config.out / "evaluation")
     summary["seconds"] = {name: manifest["seconds"] for name, manifest in manifests.items()}
@@ -46,15 +54,12 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 
 def village_recipe(config: DemoConfig) -> Recipe:
-    """The recipe of the demo. Its prompts, the asks that are not held out, are written to the run's folder."""
-    harmful, benign = config.out / "harmful.jsonl", config.out / "benign.jsonl"
-    write_prompts(harmful, prompts(heldout=False, harmful=True))
-    write_prompts(benign, prompts(heldout=False, harmful=False, forms=3))
+    """The recipe of the demo. Its prompts, the asks that are not held out, are files in the run's folder."""
     return Recipe(
         out=config.out,
         base=SHIPPED,
-        prompts=harmful,
-        helpful=str(benign),
+        prompts=config.out / "harmful.jsonl",
+        helpful=str(config.out / "benign.jsonl"),
         constitution="village",
         seed=config.seed,
         device="cpu",

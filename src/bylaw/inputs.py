@@ -1,7 +1,7 @@
 """A recipe with what it names: constitution, tokenizer, prompts, checkpoints, and the folders of its stages."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from bylaw.constitution.schema import Constitution
 from bylaw.model.checkpoint import checkpoint_hash, load_model
 from bylaw.model.data import Prompt, read_prompts
 from bylaw.model.engine import Engine
+from bylaw.model.engine.store import GIB, budget, page_bytes
+from bylaw.model.parallel import ALONE, DATA, TENSOR, Parallel
 from bylaw.model.records import sha256_file
 from bylaw.model.sampler import Sampler
 from bylaw.model.settings import SamplingSettings
@@ -20,13 +22,15 @@ from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 from bylaw.recipe import Recipe
 from bylaw.runs import Stage, run_stage
+from bylaw.together import by_first
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with its inputs, each read and checked once."""
+    """A recipe with its inputs, each read and checked once, and this process's place among those that run it."""
 
     recipe: Recipe
+    parallel: Parallel = ALONE
 
     @cached_property
     def constitution(self) -> Constitution:
@@ -38,9 +42,7 @@ class Run:
 
     @cached_property
     def device(self) -> str:
-        if self.recipe.device != "auto":
-            return self.recipe.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return device_of(self.recipe)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -62,11 +64,36 @@ class Run:
         return both
 
     def model(self, folder: Path) -> Transformer:
-        return load_model(folder, self.device, torch.float32)
+        """A model that is trained: all ranks share it out."""
+        return load_model(folder, self.device, torch.float32, self.parallel)
+
+    def sampled_model(self, folder: Path) -> Transformer:
+        """A model that is only sampled from: each data rank has all of it, and works at its own pace."""
+        return load_model(folder, self.device, torch.float32, self._tensor_group)
+
+    @cached_property
+    def _tensor_group(self) -> Parallel:
+        """The place among the ranks that share out matrices, as if there were no other data ranks."""
+        here = self.parallel
+        if here.tensor_ranks == 1:
+            return ALONE
+        from torch.distributed.device_mesh import init_device_mesh
+
+        kind, shape = torch.device(self.device).type, (here.data_ranks, 1, here.tensor_ranks)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("copy", DATA, TENSOR))
+        return replace(here, data_rank=0, data_ranks=1, mesh=mesh[DATA, TENSOR])
 
     def engine(self, model: Transformer, cache_gib: float, max_rows: int = 64) -> Engine:
         """`cache_gib` as in a recipe, where 0 leaves the choice to the engine."""
+        if self.parallel.tensor_ranks > 1 and not cache_gib:
+            cache_gib = self._smallest_cache(model)
         return Engine(model, self.tokenizer, max_rows, cache_gib=cache_gib or None)
+
+    def _smallest_cache(self, model: Transformer) -> float:
+        """In GiB, what every rank has: ranks of a tensor group plan the same steps only with the same memory."""
+        pages = torch.tensor(budget(model, None))
+        torch.distributed.all_reduce(pages, torch.distributed.ReduceOp.MIN, group=self.parallel.control)
+        return int(pages) * page_bytes(model) / GIB
 
     def sampler(self, model: Transformer, folder: Path, settings: SamplingSettings) -> Sampler:
         engine = self.engine(model, settings.cache_gib, settings.max_rows)
@@ -78,15 +105,19 @@ class Run:
         return Stage(name=name, folder=folder, inputs=inputs, config=config, seed=recipe.seed, device=self.device)
 
     def stage(self, name: str, inputs: dict[str, str], work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        return run_stage(self.terms(name, inputs), work)
+        return run_stage(self.terms(name, inputs), work, self.parallel)
 
     def path(self, *parts: str) -> Path:
         """A file or checkpoint that an earlier stage has made. Raises FileNotFoundError naming the stage to run
         first.
         """
         path = self.recipe.out.joinpath(*parts)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; run `bylaw {parts[0]}` with this recipe first")
+
+        def check() -> None:
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file; run `bylaw {parts[0]}` with this recipe first")
+
+        by_first(self.parallel, check)
         return path
 
     @property
@@ -97,12 +128,19 @@ class Run:
 
     def _read(self, path: Path) -> list[Prompt]:
         found = read_prompts(path, self.recipe.prompt_limit)
-        if found.skipped:
+        if found.skipped and self.parallel.first:
             print(found.summary())
         limit = self.recipe.max_prompt_tokens
         kept = [p for p in found if not limit or len(self.tokenizer.prompt_ids(p.messages)) <= limit]
-        if len(kept) < len(found):
+        if len(kept) < len(found) and self.parallel.first:
             print(f"{path}: {len(found) - len(kept)} of {len(found)} prompts left out: over {limit} tokens")
         if not kept:
             raise ValueError(f"{path}: no prompt to work on ({len(found)} read, max_prompt_tokens = {limit})")
         return kept
+
+
+def device_of(recipe: Recipe) -> str:
+    """Where a run computes, in torch's terms."""
+    if recipe.device != "auto":
+        return recipe.device
+    return "cuda" if torch.cuda.is_available() else "cpu"

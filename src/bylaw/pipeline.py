@@ -1,51 +1,65 @@
-"""The pipeline over a recipe: six stages in order, each a function from files to files.
+"""The pipeline over a recipe: stages in order, each a function from files to files.
 
 revise -> finetune -> compare -> label -> reward -> ppo
+                                      `-> dpo
 """
 
-import copy
-import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bylaw.inputs import Run
-from bylaw.model.checkpoint import checkpoint_hash, load_reward, save_model, save_reward
+from bylaw.inputs import Run, device_of
+from bylaw.model.checkpoint import checkpoint_hash, load_reward, load_scalar, save_model, save_reward
 from bylaw.model.engine import Engine
-from bylaw.model.heads import scalar_model
+from bylaw.model.engine.stats import Stats
+from bylaw.model.parallel import parallel_program
 from bylaw.model.records import RecordWriter, read_records, sha256_file, write_atomic
 from bylaw.model.sampler import Sampler
 from bylaw.model.settings import SamplingSettings
-from bylaw.model.tokenizer import Tokenizer
-from bylaw.preflight import check_run
+from bylaw.preflight import check_device, check_run
 from bylaw.recipe import STAGES, Recipe, dump_recipe
 from bylaw.rlaif.compare import compare
+from bylaw.rlaif.dpo import train_dpo
 from bylaw.rlaif.label import Judge, label
-from bylaw.rlaif.ppo import Models, ppo
-from bylaw.rlaif.reward import split_pairs, train_reward
-from bylaw.rlaif.rollout import Rollout, ScoreScale
+from bylaw.rlaif.pairs import split_pairs
+from bylaw.rlaif.ppo import Models, ppo, shared_value
+from bylaw.rlaif.ppo_scores import Reward
+from bylaw.rlaif.reward import train_reward
+from bylaw.rlaif.rollout import Rollout
 from bylaw.sl_cai.finetune import finetune
 from bylaw.sl_cai.revise import Reviser, revise, sample_helpful
+from bylaw.together import by_first, once_a_machine
 
 SHOWN_SAMPLES = 5
 
 
 def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, dict[str, Any]]:
     """Run `stages` in order; returns their manifests. Inputs are checked before any long work; finished stages are
-    skipped.
+    skipped. The processes of a torchrun program work together, each calling this.
 
-    Raises ValueError and FileNotFoundError as the inputs demand.
+    Raises ValueError and FileNotFoundError as the inputs demand; of many processes the first does, and the others leave
+    with exit code 2.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version trains in one process; launch one")
-    run = Run(recipe)
+    with ExitStack() as program:
+        with once_a_machine():
+            check_device(recipe.device)
+            patience = timedelta(minutes=recipe.timeout_minutes)
+            place = parallel_program(device_of(recipe), recipe.tensor_parallel, patience)
+            run = Run(recipe, program.enter_context(place))
+        by_first(run.parallel, lambda: _begin(run, stages))
+        if torch.device(run.device).index is not None:  # kernels start on the current device, whatever their tensors
+            torch.cuda.set_device(run.device)
+        return {name: _RUNNERS[name](run) for name in stages}
+
+
+def _begin(run: Run, stages: Sequence[str]) -> None:
     check_run(run, stages)
-    write_atomic(recipe.out / "recipe.toml", dump_recipe(recipe))
-    if torch.device(run.device).index is not None:  # kernels are launched on the current device, whatever their tensors
-        torch.cuda.set_device(run.device)
-    return {name: _RUNNERS[name](run) for name in stages}
+    write_atomic(run.recipe.out / "recipe.toml", dump_recipe(run.recipe))
 
 
 def run_revise(run: Run) -> dict[str, Any]:
@@ -53,11 +67,11 @@ def run_revise(run: Run) -> dict[str, Any]:
     inputs = {"base": checkpoint_hash(recipe.base), "constitution": run.constitution.hash, **run.prompt_inputs}
 
     def work(folder: Path) -> dict[str, Any]:
-        sampler = run.sampler(run.model(recipe.base), recipe.base, recipe.revise)
+        sampler = run.sampler(run.sampled_model(recipe.base), recipe.base, recipe.revise)
         reviser = Reviser(sampler=sampler, constitution=run.constitution, config=recipe.revise)
-        counts: dict[str, Any] = revise(reviser, run.prompts, folder / "chains.jsonl")
-        counts |= sample_helpful(reviser, run.helpful, folder / "helpful.jsonl")
-        return counts | _figures(sampler.engine)
+        counts: dict[str, Any] = revise(reviser, run.prompts, folder / "chains.jsonl", run.parallel)
+        counts |= sample_helpful(reviser, run.helpful, folder / "helpful.jsonl", run.parallel)
+        return counts | _figures(run, sampler.engine)
 
     return run.stage("revise", inputs, work)
 
@@ -78,10 +92,10 @@ def run_finetune(run: Run) -> dict[str, Any]:
             run.recipe.finetune,
             run.recipe.seed,
             show=_sample_shower(run, sampler, folder / "samples.jsonl"),
+            parallel=run.parallel,
         )
-        save_model(
-            model, folder / "sl-cai", run.tokenizer, _card(run, "SL-CAI: trained on revisions by a constitution")
-        )
+        card = _card(run, "SL-CAI: trained on revisions by a constitution")
+        save_model(model, folder / "sl-cai", run.tokenizer, card, parallel=run.parallel)
         return counts
 
     return run.stage("finetune", inputs, work)
@@ -92,9 +106,10 @@ def run_compare(run: Run) -> dict[str, Any]:
     inputs = {"sl-cai": checkpoint_hash(model_folder), **run.prompt_inputs}
 
     def work(folder: Path) -> dict[str, Any]:
-        sampler = run.sampler(run.model(model_folder), model_folder, run.recipe.compare)
-        counts: dict[str, Any] = compare(sampler, run.rl_prompts, folder / "pairs.jsonl", run.recipe.compare)
-        return counts | _figures(sampler.engine)
+        config = run.recipe.compare
+        sampler = run.sampler(run.sampled_model(model_folder), model_folder, config)
+        counts: dict[str, Any] = compare(sampler, run.rl_prompts, folder / "pairs.jsonl", config, run.parallel)
+        return counts | _figures(run, sampler.engine)
 
     return run.stage("compare", inputs, work)
 
@@ -107,11 +122,12 @@ def run_label(run: Run) -> dict[str, Any]:
     inputs = {"judge": judge_hash, "constitution": run.constitution.hash, "pairs": sha256_file(pairs)}
 
     def work(folder: Path) -> dict[str, Any]:
-        engine = run.engine(run.model(judge_folder), recipe.label.cache_gib)
+        engine = run.engine(run.sampled_model(judge_folder), recipe.label.cache_gib)
         judge = Judge(
             engine=engine, constitution=run.constitution, config=recipe.label, seed=recipe.seed, model_hash=judge_hash
         )
-        return label(judge, read_records(pairs), folder / "preferences.jsonl") | _figures(engine)
+        counts = label(judge, read_records(pairs), folder / "preferences.jsonl", run.parallel)
+        return counts | _figures(run, engine)
 
     return run.stage("label", inputs, work)
 
@@ -124,11 +140,11 @@ def run_reward(run: Run) -> dict[str, Any]:
     def work(folder: Path) -> dict[str, Any]:
         fraction = recipe.reward.heldout_fraction
         train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
-        model = scalar_model(run.model(start), recipe.seed)
-        measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed)
+        model = load_scalar(start, recipe.seed, run.device, torch.float32, run.parallel)
+        measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
         extras = {name: measures[name] for name in ("score_mean", "score_std")}
         card = _card(run, "Reward model: scores an answer at its last token; take off score_mean, divide by score_std")
-        save_reward(model, folder / "reward-model", run.tokenizer, extras, card)
+        save_reward(model, folder / "reward-model", run.tokenizer, extras, card, parallel=run.parallel)
         return counts | measures
 
     return run.stage("reward", inputs, work)
@@ -141,22 +157,40 @@ def run_ppo(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         policy, reference = run.model(start), run.model(start)
-        reward, extras = load_reward(scorer, run.device, torch.float32)
-        if config.normalize_scores and not extras["score_std"] > 0:
+        reward, extras = load_reward(scorer, run.device, torch.float32, run.parallel)
+        if config.score_stats == "heldout" and not extras["score_std"] > 0:
             raise ValueError(
                 f"{scorer}: score_std = {extras['score_std']}, as all held-out answers have the same score; set "
-                "ppo.normalize_scores = false, or train the reward model on more"
+                'ppo.score_stats = "running" or "none", or train the reward model on more'
             )
-        std = extras["score_std"] if config.normalize_scores else 1.0
-        scale = ScoreScale(extras["score_mean"], std, config.missing_eos_penalty)
-        models = Models(policy, copy.deepcopy(reward), reference, reward)
+        shared = config.value == "shared"
+        value = shared_value(policy) if shared else load_reward(scorer, run.device, torch.float32, run.parallel)[0]
+        models = Models(policy, value, reference, [Reward(reward, extras["score_mean"], extras["score_std"])])
         engine = run.engine(policy, config.cache_gib, config.max_rows)
-        show = _rollout_shower(run.tokenizer, folder / "samples.jsonl", config.iterations)
-        counts = ppo(models, engine, run.rl_prompts, folder, config, scale, run.recipe.seed, show)
-        save_model(policy, folder / "rl-cai", run.tokenizer, _card(run, "RL-CAI: trained by PPO on AI preferences"))
-        return counts | _figures(engine)
+        show = _rollout_shower(run, folder / "samples.jsonl", config.iterations)
+        counts = ppo(models, engine, run.rl_prompts, folder, config, run.recipe.seed, show, run.parallel)
+        card = _card(run, "RL-CAI: trained by PPO on AI preferences")
+        save_model(policy, folder / "rl-cai", run.tokenizer, card, parallel=run.parallel)
+        return counts | _figures(run, engine)
 
     return run.stage("ppo", inputs, work)
+
+
+def run_dpo(run: Run) -> dict[str, Any]:
+    recipe = run.recipe
+    preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
+    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start)}
+
+    def work(folder: Path) -> dict[str, Any]:
+        fraction = recipe.dpo.heldout_fraction
+        train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
+        policy = run.model(start)
+        measures = train_dpo(policy, train, heldout, folder, recipe.dpo, recipe.seed, run.parallel)
+        card = _card(run, "DPO: trained on AI preferences without a reward model")
+        save_model(policy, folder / "dpo-cai", run.tokenizer, card, parallel=run.parallel)
+        return counts | measures
+
+    return run.stage("dpo", inputs, work)
 
 
 _RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -166,12 +200,17 @@ _RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "label": run_label,
     "reward": run_reward,
     "ppo": run_ppo,
+    "dpo": run_dpo,
 }
 
 
-def _figures(engine: Engine) -> dict[str, Any]:
-    """What the engine did in this process, for the manifest: a stage that was killed says it of its last run only."""
-    stats = engine.stats
+def _figures(run: Run, engine: Engine) -> dict[str, Any]:
+    """What the engines of all data ranks did, for the manifest: a stage that was killed says it of its last run only.
+
+    Rates are per second that a rank worked.
+    """
+    parts = [asdict(stats) for stats in run.parallel.gather(engine.stats)]
+    stats = Stats(**{name: sum(part[name] for part in parts) for name in parts[0]})
     figures = {
         "prompt_tokens": stats.prompt_tokens,
         "generated_tokens": stats.generated_tokens,
@@ -185,29 +224,35 @@ def _figures(engine: Engine) -> dict[str, Any]:
 
 
 def _sample_shower(run: Run, sampler: Sampler, path: Path) -> Callable[[int, int], None]:
-    """After now and then a step: answer the first prompt, print it, and append it to `path`."""
+    """After now and then a step: answer the first prompt, print it, and append it to `path`.
+
+    All ranks sample, since they share out the model; the first shows.
+    """
     prompt = run.prompts[0]
 
     def show(step: int, steps: int) -> None:
         if (step + 1) % max(1, steps // SHOWN_SAMPLES) == 0:
             sampled = sampler.turns([prompt.messages], [("show", prompt.id, step)], run.recipe.revise.max_answer_tokens)
-            _show(path, {"step": step, "prompt": prompt.messages[-1]["content"], "answer": sampled[0]["text"]})
+            _show(run, path, {"step": step, "prompt": prompt.messages[-1]["content"], "answer": sampled[0]["text"]})
 
     return show
 
 
-def _rollout_shower(tokenizer: Tokenizer, path: Path, steps: int) -> Callable[[int, Sequence[Rollout]], None]:
+def _rollout_shower(run: Run, path: Path, steps: int) -> Callable[[int, Sequence[Rollout]], None]:
     def show(step: int, rollouts: Sequence[Rollout]) -> None:
         if (step + 1) % max(1, steps // SHOWN_SAMPLES) == 0:
             first = rollouts[0]
-            texts = {"prompt": tokenizer.decode(first.prompt), "answer": tokenizer.decode(first.response)}
-            _show(path, {"step": step, "score": first.score, **texts})
+            decode = run.tokenizer.decode
+            texts = {"prompt": decode(first.prompt), "answer": decode(first.response)}
+            _show(run, path, {"step": step, "score": first.score, **texts})
 
     return show
 
 
-def _show(path: Path, sample: dict[str, Any]) -> None:
+def _show(run: Run, path: Path, sample: dict[str, Any]) -> None:
     """Print a sample and append it to `path`; one that a killed run already wrote is not written twice."""
+    if not run.parallel.first:
+        return
     print(f"  | {sample['prompt'].strip()[-200:]}\n  > {sample['answer'][:300]}", flush=True)
     with RecordWriter(path) as writer:  # which mends a torn line, so that the file can be read
         if all(one["step"] != sample["step"] for one in read_records(path)):

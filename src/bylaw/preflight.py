@@ -1,5 +1,6 @@
 """What can be wrong with a run, found before its first stage works: a mistake should not cost the hours before it."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine
 from bylaw.model.sampler import Sampler, turn
 from bylaw.model.settings import SamplingSettings
+from bylaw.model.sharding import check_divides
 from bylaw.model.transformer import Transformer
-from bylaw.recipe import STAGES
+from bylaw.recipe import EVERY_STAGE
 from bylaw.rlaif.label import OPTIONS
-from bylaw.rlaif.reward import is_heldout
-from bylaw.runs import check_terms
+from bylaw.rlaif.pairs import is_heldout
+from bylaw.runs import check_terms, is_begun
 from bylaw.sl_cai.revise import Reviser
 
 
@@ -31,12 +33,13 @@ class _Inputs:
 
 
 def check_run(run: Run, stages: Sequence[str]) -> None:
-    """Check device, output folder and inputs, then what each of `stages` will ask of them. No weights are read.
+    """Check output folder and inputs, then what each of `stages` will ask of them. No weights are read.
 
     Raises ValueError and FileNotFoundError, which name the file and line, the key, or the stage and the prompt.
     """
-    _check_device(run.recipe.device)
-    for name in STAGES:  # all six: the recipe that is saved in the folder must be true of whatever stands there
+    if not run.recipe.resume:
+        _check_fresh(run, stages)
+    for name in EVERY_STAGE:  # the recipe that is saved in the folder must be true of whatever stands there
         check_terms(run.terms(name, {}), ("config", "seed"))
     config, _ = check_model(run.recipe.base)
     _ = run.constitution, run.tokenizer, run.rl_prompts  # read, and so checked
@@ -44,6 +47,7 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
         check_tokenizer(config, run.tokenizer)
     with torch.device("meta"):
         engine = Engine(Transformer(config), run.tokenizer)
+    check_divides(engine.model, run.parallel)
     sampler = Sampler(engine=engine, settings=SamplingSettings(), seed=run.recipe.seed, model_hash="")
     inputs = _Inputs(run, sampler, _longest(run, run.prompts), _longest(run, run.rl_prompts))
     for name in stages:
@@ -60,7 +64,18 @@ def _named(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_device(name: str) -> None:
+def _check_fresh(run: Run, stages: Sequence[str]) -> None:
+    for name in stages:
+        folder = run.terms(name, {}).folder
+        if is_begun(folder):
+            raise ValueError(
+                f"resume = false, but {folder} was begun; give another output folder, delete {folder}, or go on there "
+                "with resume = true"
+            )
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError for a device that is unknown or not there, or too few for torchrun's processes."""
     try:
         device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError as error:
@@ -70,6 +85,13 @@ def _check_device(name: str) -> None:
     count = torch.cuda.device_count()
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
         raise ValueError(f"device = {name!r}, but torch sees {count} CUDA devices; allowed here: 'auto' or 'cpu'")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes on this machine
+    if here > 1 and device.index is not None:
+        raise ValueError(
+            f"device = {name!r} for {here} processes; allowed: {device.type!r}, of which each takes its own"
+        )
+    if here > count and (device.type == "cuda" or (name == "auto" and count)):
+        raise ValueError(f"{here} processes on this machine, but torch sees {count} CUDA devices; launch one for each")
 
 
 def _longest(run: Run, prompts: Sequence[Prompt]) -> Prompt:
@@ -104,11 +126,19 @@ def _check_label(inputs: _Inputs) -> None:
 
 
 def _check_reward(inputs: _Inputs) -> None:
-    recipe, prompts = inputs.run.recipe, inputs.run.rl_prompts
-    heldout = sum(is_heldout(prompt.id, recipe.reward.heldout_fraction, recipe.seed) for prompt in prompts)
+    _check_heldout(inputs, "reward", inputs.run.recipe.reward.heldout_fraction)
+
+
+def _check_dpo(inputs: _Inputs) -> None:
+    _check_heldout(inputs, "dpo", inputs.run.recipe.dpo.heldout_fraction)
+
+
+def _check_heldout(inputs: _Inputs, stage: str, fraction: float) -> None:
+    prompts = inputs.run.rl_prompts
+    heldout = sum(is_heldout(prompt.id, fraction, inputs.run.recipe.seed) for prompt in prompts)
     if not 0 < heldout < len(prompts):
         raise ValueError(
-            f"reward.heldout_fraction = {recipe.reward.heldout_fraction} keeps {heldout} of {len(prompts)} prompts for "
+            f"{stage}.heldout_fraction = {fraction} keeps {heldout} of {len(prompts)} prompts for "
             "measuring; allowed: at least one, and at least one left to train on. Give more prompts, or change it"
         )
 
@@ -124,4 +154,5 @@ _CHECKS: dict[str, Callable[[_Inputs], None]] = {
     "label": _check_label,
     "reward": _check_reward,
     "ppo": _check_ppo,
+    "dpo": _check_dpo,
 }

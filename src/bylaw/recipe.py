@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from bylaw.model.settings import require
-from bylaw.rlaif.config import CompareConfig, LabelConfig, PPOConfig, RewardConfig
+from bylaw.rlaif.config import CompareConfig, DPOConfig, LabelConfig, PPOConfig, RewardConfig
 from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
 
 Schema = TypeVar("Schema")
 STAGES = ("revise", "finetune", "compare", "label", "reward", "ppo")
 """In the order in which each needs what those before it made."""
+EVERY_STAGE = (*STAGES, "dpo")
+"""With the other last stage, which needs no reward model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,15 @@ class Recipe:
     seed: int = 0
     """Draws everything."""
     device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
+    """`cpu`, `cuda`, or `auto`: CUDA where there is one. Of torchrun's processes each takes a GPU of its own."""
+    tensor_parallel: int = 1
+    """Of torchrun's processes, how many share out each matrix; the others share out the data."""
+    timeout_minutes: float = 30.0
+    """How long torchrun's processes wait for one that is late."""
+    resume: bool = True
+    """Go on where a run stopped in this folder; false refuses a folder in which a stage was begun."""
+    last: Literal["ppo", "dpo"] = "ppo"
+    """How `bylaw run` ends: PPO against a reward model, or DPO on the labels, without one."""
     judge: Literal["base", "sl-cai"] = "base"
     """The model that labels pairs."""
     prompt_limit: int = 0
@@ -50,9 +60,17 @@ class Recipe:
     label: LabelConfig = field(default_factory=LabelConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those of `bylaw run`."""
+        return STAGES if self.last == "ppo" else (*(name for name in STAGES if name not in ("reward", "ppo")), "dpo")
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2^63 - 2")
+        require(self.tensor_parallel >= 1, "tensor_parallel", self.tensor_parallel, "1 or more")
+        require(0 < self.timeout_minutes <= 1e6, "timeout_minutes", self.timeout_minutes, "above 0, up to 1e6")
         require(self.prompt_limit >= 0, "prompt_limit", self.prompt_limit, "0 (all) or more")
         require(self.max_prompt_tokens >= 0, "max_prompt_tokens", self.max_prompt_tokens, "0 (no limit) or more")
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bylaw.model.checkpoint import checkpoint_hash
+from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import sha256_file, write_atomic
 from bylaw.recipe import as_table
+from bylaw.together import by_first
 
 BEGUN, MANIFEST, STATE = "begun.json", "manifest.json", "state"
 OWN_FILES = (BEGUN, MANIFEST, STATE)
@@ -36,35 +38,54 @@ class Stage:
         return {"stage": self.name, "inputs": dict(self.inputs), "config": as_table(self.config), "seed": self.seed}
 
 
-def run_stage(stage: Stage, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def run_stage(stage: Stage, work: Callable[[Path], dict[str, Any]], parallel: Parallel = ALONE) -> dict[str, Any]:
     """Run `work(folder)`, which returns counts, unless it was done before by the same terms; returns the manifest.
+    Every rank works; the first alone writes what stands here.
 
     Raises ValueError, before any work, when the folder was begun by other terms, naming them, or when an output of a
     finished stage is gone or changed. What is killed at any instant, and run again, completes to the same files.
     """
+    manifest = by_first(parallel, lambda: _done_before(stage))
+    if manifest is not None:
+        return manifest
+    resumed, start = by_first(parallel, lambda: _begin(stage)), time.time()
+    counts = work(stage.folder)
+    parallel.meet()
+    return by_first(parallel, lambda: _finish(stage, counts, resumed, time.time() - start))
+
+
+def _done_before(stage: Stage) -> dict[str, Any] | None:
+    """The manifest of a stage that is finished, and as it was."""
     finished = stage.folder / MANIFEST
     check_terms(stage)
-    if finished.exists():
-        manifest = json.loads(finished.read_text())
-        _check_outputs(stage.folder, manifest["outputs"])
-        _forget_state(stage)
-        print(f"{stage.name}: done before, in {stage.folder}")
-        return manifest
-    resumed = _is_begun(stage.folder)
+    if not finished.exists():
+        return None
+    manifest = json.loads(finished.read_text())
+    _check_outputs(stage.folder, manifest["outputs"])
+    _forget_state(stage)
+    print(f"{stage.name}: done before, in {stage.folder}")
+    return manifest
+
+
+def _begin(stage: Stage) -> bool:
+    """Note the terms; whether a run before this one has begun the stage."""
+    resumed = is_begun(stage.folder)
     write_atomic(stage.folder / BEGUN, json.dumps(stage.terms, indent=2))
-    start = time.time()
-    counts = work(stage.folder)
+    return resumed
+
+
+def _finish(stage: Stage, counts: dict[str, Any], resumed: bool, seconds: float) -> dict[str, Any]:
     names = sorted(p.name for p in stage.folder.iterdir() if not p.name.startswith(".") and p.name not in OWN_FILES)
     manifest = stage.terms | {
         "counts": counts,
         "outputs": {name: _hash(stage.folder / name) for name in names},
-        "seconds": round(time.time() - start, 3),
+        "seconds": round(seconds, 3),
         "resumed": resumed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": stage.device,
-        "versions": _versions(),
+        "versions": versions(),
     }
-    write_atomic(finished, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(stage.folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     _forget_state(stage)  # only now: a kill halfway through the removal must not leave a state that cannot be read
     return manifest
 
@@ -75,7 +96,7 @@ def check_terms(stage: Stage, parts: Collection[str] = ("inputs", "config", "see
     `parts` are the terms to compare: a stage's inputs are not known before the stages ahead of it are done. A folder in
     which a stage was refused before it wrote anything is taken as not begun.
     """
-    if not _is_begun(stage.folder):
+    if not is_begun(stage.folder):
         return
     begun = json.loads((stage.folder / BEGUN).read_text(encoding="utf-8"))
     there, here = ({_named(stage, k): v for k, v in _flat(t, parts).items()} for t in (begun, stage.terms))
@@ -91,7 +112,7 @@ def check_terms(stage: Stage, parts: Collection[str] = ("inputs", "config", "see
         )
 
 
-def _is_begun(folder: Path) -> bool:
+def is_begun(folder: Path) -> bool:
     """Whether a stage has written anything into its folder beside the note that it began."""
     return (folder / BEGUN).exists() and any(p.name != BEGUN for p in folder.iterdir())
 
@@ -128,7 +149,8 @@ def _forget_state(stage: Stage) -> None:
     shutil.rmtree(stage.folder / STATE, ignore_errors=True)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what computes here, for a manifest."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

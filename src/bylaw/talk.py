@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bylaw.model.settings import SamplingSettings, require
 
-NEWEST_FIRST = ("ppo/rl-cai", "finetune/sl-cai", "base")
+NEWEST_FIRST = ("ppo/rl-cai", "dpo/dpo-cai", "finetune/sl-cai", "base")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from bylaw.model.engine.page_streams import common_segment
 from bylaw.model.engine.pages import Pages, Pool
 from bylaw.model.engine.prefix import PAGE, Segment
 from bylaw.model.engine.slabs import Slabs
+from bylaw.model.lora import active_adapter, adapter_parameters, add_adapter, use_adapter
+from bylaw.model.lora_settings import LoraSettings
 from bylaw.model.transformer import Transformer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -182,6 +184,35 @@ def test_graphs_are_captured_at_their_second_use_and_dropped_with_the_weights(pa
     model.norm.weight = torch.nn.Parameter(model.norm.weight.detach() / 1.5)
     assert_same(engine.generate(requests), first)
     assert captures.made == 2
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_graph_is_of_one_adapter(graphs: bool, pages: None) -> None:
+    class Frozen(Captures):
+        """As on a GPU: what a graph runs is fixed when it is captured."""
+
+        def __call__(self, work: Work) -> Work:
+            replay, name = super().__call__(work), active_adapter(model)
+
+            def again() -> None:
+                with use_adapter(model, name):
+                    replay()
+
+            return again
+
+    model, requests = tiny_model(2), alike(3, 9, 0, 12)
+    for seed, name in enumerate(("policy", "value")):
+        add_adapter(model, name, LoraSettings(rank=2), seed)
+        for parameter in adapter_parameters(model, name).values():
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(seed))
+    engine, captures = paged(model, 4)
+    if graphs:
+        captures = Frozen()
+        engine.memory.decoder = GraphDecoder(model, engine.memory.store, 4, lambda: captures)
+    for name in ("policy", "value", None, "policy", "value", None):
+        with use_adapter(model, name):
+            assert_same(engine.generate(requests), on_slabs(model).generate(requests))
+    assert captures.made == 3 * graphs
 
 
 def test_parameters_that_move_are_not_captured(pages: None) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
+from bylaw.model.checkpoint import load_model, save_model
 from bylaw.model.config import ModelConfig
-from bylaw.model.engine.ranks import Ranks
+from bylaw.model.engine import Engine, Request
+from bylaw.model.engine.pages import Pages
+from bylaw.model.engine.ranks import pull
+from bylaw.model.engine.slabs import Slabs
+from bylaw.model.engine.store import page_bytes
 from bylaw.model.engine.weights import sampling_phase, weight_version
 from bylaw.model.optim import MasterAdamW
 from bylaw.model.packing import pack
+from bylaw.model.parallel import DATA, TENSOR, Parallel
 from bylaw.model.transformer import Transformer, initialize
 
 SEQUENCES = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9], [3]]
 
 
-def _tiny(seed: int = 0) -> Transformer:
+def _tiny(seed: int = 0, kv_heads: int = 1) -> Transformer:
     config = ModelConfig(
         family="llama", vocab_size=11, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=2,
-        num_kv_heads=1, head_dim=6, max_position_embeddings=64, initializer_range=0.3,
+        num_kv_heads=kv_heads, head_dim=6, max_position_embeddings=64, initializer_range=0.3,
     )  # fmt: skip
     return initialize(Transformer(config), seed)
 
@@ -150,14 +157,9 @@ def test_a_phase_without_shards_copies_nothing() -> None:
 
 
 def test_a_lone_process_does_all_the_work() -> None:
-    ranks = Ranks()
-    assert [list(part) for part in ranks.pull(5, 2)] == [[0, 1], [2, 3], [4]]
-    assert list(ranks.pull(0, 2)) == []
-    assert ranks.gather({1: "b", 0: "a"}, 2) == ["a", "b"]
-    with pytest.raises(RuntimeError, match=r"of which \[1\] have none"):
-        ranks.gather({0: "a"}, 2)
-    with pytest.raises(ValueError, match="chunk = 0"):
-        ranks.pull(5, 0)
+    assert (list(pull(3)), list(pull(0))) == ([0, 1, 2], [])
+    with pytest.raises(ValueError, match="count = -1"):
+        pull(-1)
 
 
 def _shard(model: Transformer, together: bool = False, **policy: Any) -> Transformer:
@@ -223,27 +225,48 @@ def _sample_in_16_bits() -> dict[str, Any]:
 
 
 def _share(rank: int) -> dict[str, Any]:
-    """Work in two rounds, of which rank 0 takes one chunk each and is then busy until rank 1 has done the rest."""
-    ranks = Ranks(timedelta(seconds=20))
-    seen: dict[str, Any] = {"parts": [], "gathered": []}
-    for count, chunk in ((10, 3), (5, 1)):
-        parts = ranks.pull(count, chunk)
-        mine = [next(parts)] if rank == 0 else []
+    """Work in two rounds, of which rank 0 takes one piece each and is then busy until rank 1 has done the rest; and
+    work of two ranks of one tensor group.
+    """
+    parallel = _place(rank, (2, 1))
+    seen: dict[str, Any] = {"taken": []}
+    for count in (4, 2):
+        pieces = pull(count, parallel)
+        mine = [next(pieces)] if rank == 0 else []
         dist.barrier()
-        mine += list(parts) if rank == 1 else []
+        mine += list(pieces) if rank == 1 else []
         dist.barrier()
-        mine += list(parts)
-        seen["parts"].append(mine)
-        seen["gathered"].append(ranks.gather({i: f"{i}" * i for part in mine for i in part}, count))
-    with pytest.raises(RuntimeError) as missing:
-        ranks.gather({rank: "done"}, 3)
-    impatient = Ranks(timedelta(seconds=0.5))
+        mine += list(pieces)
+        seen["taken"].append(mine)
+    seen["together"] = list(pull(3, _place(rank, (1, 2))))
     if rank == 0:
         with pytest.raises(RuntimeError) as stuck:
-            impatient.gather({}, 0)
+            replace(parallel, timeout=timedelta(seconds=0.5)).meet()
         seen["stuck"] = str(stuck.value)
     dist.barrier()
-    return seen | {"missing": str(missing.value)}
+    return seen
+
+
+def _sample_cut(rank: int, folder: Path) -> dict[str, Any]:
+    """What a model of which each rank has half of the heads says, beside the whole one."""
+    whole, parallel = _tiny(kv_heads=2), _place(rank, (1, 2))
+    if rank == 0:
+        save_model(whole, folder / "whole")
+    dist.barrier()
+    cut = load_model(folder / "whole", parallel=parallel)
+    requests = [Request(prompt=ids, max_tokens=9, seed=4, request=n) for n, ids in enumerate(SEQUENCES)]
+    said = [[done.ids for done in Engine(model, max_rows=2).generate(requests)] for model in (cut, whole)]
+    scored = [Engine(model).score([([3, 1, 4], [[1], [5, 9]])])[0] for model in (cut, whole)]
+    shapes = [Slabs(cut, 8, 2).keys[0].shape[1], Pages(cut, 8, 2).shape[4], page_bytes(whole) // page_bytes(cut)]
+    return {"said": said, "scored": scored, "heads": shapes}
+
+
+def _place(rank: int, shape: tuple[int, int]) -> Parallel:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=(DATA, TENSOR))
+    ranks = [rank if size == 2 else 0 for size in shape]
+    return Parallel(ranks[0], shape[0], ranks[1], shape[1], mesh, control=dist.new_group(backend="gloo"))
 
 
 def _run_rank(rank: int, folder: Path) -> None:
@@ -251,6 +274,7 @@ def _run_rank(rank: int, folder: Path) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, timedelta(seconds=30), world_size=2, rank=rank)
     seen = {"train": _train_and_sample(rank), "low": _sample_in_16_bits(), "share": _share(rank)}
+    seen["cut"] = _sample_cut(rank, folder)
     torch.save(seen, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -290,21 +314,24 @@ def test_training_goes_on_between_phases(seen: list[dict[str, Any]]) -> None:
         assert losses[:, 0].unique().numel() == 4
 
 
+def test_ranks_that_share_out_heads_say_what_the_whole_model_says(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        cut, whole = rank["cut"]["said"]
+        assert cut == whole and len({tuple(ids) for ids in cut}) > 1
+        torch.testing.assert_close(*(torch.tensor(scores) for scores in rank["cut"]["scored"]), atol=1e-5, rtol=0)
+        assert rank["cut"]["heads"] == [1, 1, 2]  # a rank keeps the keys of its own heads only
+
+
 def test_a_policy_that_casts_inputs_or_outputs_is_refused(seen: list[dict[str, Any]]) -> None:
     assert all("cast_forward_inputs=False" in refusal for rank in seen for refusal in rank["low"]["refusals"])
 
 
 def test_a_rank_takes_the_work_that_a_busy_one_leaves(seen: list[dict[str, Any]]) -> None:
-    assert [rank["share"]["parts"] for rank in seen] == [
-        [[range(0, 3)], [range(0, 1)]],
-        [[range(3, 6), range(6, 9), range(9, 10)], [range(i, i + 1) for i in range(1, 5)]],
-    ]
+    assert [rank["share"]["taken"] for rank in seen] == [[[0], [0]], [[1, 2, 3], [1]]]
 
 
-def test_every_rank_gets_all_results_in_order(seen: list[dict[str, Any]]) -> None:
-    for rank in seen:
-        assert rank["share"]["gathered"] == [[f"{i}" * i for i in range(count)] for count in (10, 5)]
-        assert "[2] have none" in rank["share"]["missing"]
+def test_ranks_of_a_tensor_group_do_the_same_work(seen: list[dict[str, Any]]) -> None:
+    assert [rank["share"]["together"] for rank in seen] == [[0, 1, 2], [0, 1, 2]]
 
 
 def test_a_rank_that_does_not_come_is_named(seen: list[dict[str, Any]]) -> None:

@@ -153,3 +153,26 @@ def test_no_items(tmp_path: Path) -> None:
     empty: list[Any] = []
     assert chunks(tmp_path / "records.jsonl", empty) == []
     assert read_records(tmp_path / "records.jsonl") == []
+
+
+def test_chunks_that_ranks_left_apart_are_taken_over(tmp_path: Path) -> None:
+    """Of a run on many ranks that was killed: the second chunk is there, the first is not, and one is half written."""
+    path = tmp_path / "records.jsonl"
+    chunks(path)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / ".records.jsonl.3").write_bytes(b"".join(lines[3:6]))
+    (tmp_path / "..records.jsonl.6.tmp").write_bytes(lines[6][:5])
+    for kept in (0, 2, 4, 6):  # records in the file; those of a chunk that stands apart too are not doubled
+        path.write_bytes(b"".join(lines[:kept]))
+        (tmp_path / ".records.jsonl.3").write_bytes(b"".join(lines[3:6]))
+        assert chunks(path) == ([ITEMS[:3], ITEMS[6:]] if kept < 3 else [ITEMS[6:]])
+        assert path.read_bytes() == whole
+        assert [left.name for left in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_a_chunk_apart_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    apart = tmp_path / ".records.jsonl.0"
+    apart.write_text('{"text": "mend"}\n')
+    with pytest.raises(ValueError, match=r"\.records\.jsonl\.0 holds 1 records of 3; delete it"):
+        write_chunks(tmp_path / "records.jsonl", ITEMS, 3, Work(), "records")

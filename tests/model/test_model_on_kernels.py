@@ -24,7 +24,9 @@ from bylaw.model.engine.store import GIB, page_bytes
 from bylaw.model.heads import scalar_model
 from bylaw.model.supervised import Example, supervised_loss
 from bylaw.model.transformer import Transformer, initialize
-from bylaw.rlaif.rollout import Rollout, column, fill_columns
+from bylaw.rlaif.config import PPOConfig
+from bylaw.rlaif.ppo_batch import Batch, fill_columns
+from bylaw.rlaif.rollout import Rollout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -87,15 +89,19 @@ def test_a_training_step(family: str, on: Callable[[str], None]) -> None:
 
 def test_the_columns_of_ppo(on: Callable[[str], None]) -> None:
     model, other = make("llama"), make("qwen2")
-    columns = {}
+    config, columns = PPOConfig(rollouts=2, minibatches=1, temperature=0.7), {}
     for backend in ("reference", "triton"):
         on(backend)
-        rollouts = [Rollout(str(i), ids[:3], [*ids[3:], 1], torch.zeros(1), True) for i, ids in enumerate(texts(2, 20))]
-        fill_columns(rollouts, model, other, scalar_model(model, 0), 0.7)
-        columns[backend] = {name: column(rollouts, name) for name in rollouts[0].columns}
+        rollouts = [
+            Rollout(str(i), ids[:3], [*ids[3:], 1], [0.0] * (len(ids) - 2), True) for i, ids in enumerate(texts(2, 20))
+        ]
+        batch = Batch(rollouts, model.device)
+        plan = batch.minibatches(config, 0, 0, 0)
+        fill_columns(batch, plan, model, other, scalar_model(model, 0), config)
+        columns[backend] = batch.columns
     for name, expected in columns["reference"].items():
         torch.testing.assert_close(columns["triton"][name], expected, atol=2e-5, rtol=1e-5)
-    assert set(columns["triton"]) == {"logprobs", "reference", "values", "entropy"}
+    assert set(columns["triton"]) == {"sampler", "logprobs", "reference", "values", "entropy"}
 
 
 def engines(family: str, on: Callable[[str], None], rows: int) -> tuple[Engine, Engine]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bylaw.model.config import ModelConfig
-from bylaw.model.packing import pack, token_batches
+from bylaw.model.packing import pack, packing_efficiency, token_batches
 from bylaw.model.transformer import Transformer, initialize
 
 
@@ -47,13 +47,55 @@ def test_nothing_to_pack_is_refused() -> None:
     ("lengths", "budget", "batches"),
     [
         ([], 10, []),
-        ([4, 6, 1], 10, [[0, 1], [2]]),
-        ([4, 7, 3], 10, [[0], [1, 2]]),
+        ([4, 6, 1], 10, [[0, 2], [1]]),  # two are needed: 5 and 6, not 10 and 1
+        ([4, 7, 3], 10, [[0, 2], [1]]),
         ([11, 1], 10, [[0], [1]]),  # longer than the budget: alone
-        ([1, 11, 12, 1, 9], 10, [[0], [1], [2], [3, 4]]),
+        ([1, 11, 12, 1, 9], 10, [[0, 3], [1], [2], [4]]),
+        ([6, 5, 4, 3, 2], 10, [[0, 2], [1, 3, 4]]),  # two that are full to the last token
+        ([5, 5, 4, 3, 3], 10, [[0, 1], [2, 3, 4]]),  # evenly spread, one would have 11
         ([3, 3, 3], 1, [[0], [1], [2]]),
         ([5, 5, 5], 10**9, [[0, 1, 2]]),
     ],
 )
-def test_batches_keep_order_and_budget(lengths: list[int], budget: int, batches: list[list[int]]) -> None:
+def test_batches_by_hand(lengths: list[int], budget: int, batches: list[list[int]]) -> None:
     assert token_batches(lengths, budget) == batches
+
+
+def in_order(lengths: list[int], budget: int) -> list[list[int]]:
+    """Runs filled in the items' order, what a person would do first."""
+    runs: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        if not runs or sum(lengths[j] for j in runs[-1]) + length > budget:
+            runs.append([])
+        runs[-1].append(i)
+    return runs
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_batches_hold_each_item_once_within_the_budget_and_are_no_more_than_in_order(seed: int) -> None:
+    draw = random.Random(seed)
+    budget = draw.randint(20, 400)
+    lengths = [int(draw.lognormvariate(3, 1)) + 1 for _ in range(draw.randint(1, 150))]
+    runs = token_batches(lengths, budget)
+    assert sorted(i for run in runs for i in run) == list(range(len(lengths)))
+    assert all(run == sorted(run) for run in runs) and runs == sorted(runs)
+    assert all(sum(lengths[i] for i in run) <= budget or len(run) == 1 for run in runs)
+    assert len(runs) <= len(in_order(lengths, budget))
+    assert runs == token_batches(lengths, budget)
+
+
+def test_batches_of_dialogues_are_even() -> None:
+    """Where items are many and short beside the budget, nothing is lost, nor one run more than needed made."""
+    draw = random.Random(0)
+    lengths = [min(700, int(draw.lognormvariate(5, 0.7)) + 1) for _ in range(400)]
+    runs, naive = token_batches(lengths, 4096), in_order(lengths, 4096)
+    assert len(runs) == -(-sum(lengths) // 4096)
+    assert packing_efficiency(lengths, runs) > 0.98 > packing_efficiency(lengths, naive)
+
+
+def test_packing_efficiency_by_hand() -> None:
+    assert packing_efficiency([4, 6, 1], [[0, 1], [2]]) == pytest.approx(11 / 20)
+    assert packing_efficiency([4, 6, 1], [[0, 2], [1]]) == pytest.approx(11 / 12)
+    assert packing_efficiency([7], [[0]]) == 1
+    with pytest.raises(ValueError, match="no micro-batches"):
+        packing_efficiency([], [])

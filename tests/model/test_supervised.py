@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bylaw.model import supervised
+from bylaw.model import fit, supervised
 from bylaw.model.checkpoint import load_model
 from bylaw.model.config import ModelConfig
 from bylaw.model.optim import adamw, scheduled, update
@@ -89,7 +89,7 @@ def gradient(monkeypatch: Any, folder: Path, budget: int, tied: bool) -> Tensor:
         return 0.0
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "update", look)
+        patch.setattr(fit, "update", look)
         train(tiny(tied), folder, batch_size=11, epochs=1, micro_batch_tokens=budget)
     return seen[0]
 

@@ -11,7 +11,7 @@ from torch import nn
 from bylaw.model import train_state
 from bylaw.model.optim import adamw
 from bylaw.model.settings import OptimSettings
-from bylaw.model.train_state import load_state, save_state
+from bylaw.model.train_state import Checkpoints, Learner
 
 SETTINGS = OptimSettings(learning_rate=0.1, weight_decay=0.01)
 
@@ -23,6 +23,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 1, bias=False))
         self.optimizer = adamw(self.model, SETTINGS)
+        self.learners = {"model": Learner(self.model, self.optimizer)}
         self.done = 0
 
     def train(self, steps: int) -> "Trainer":
@@ -35,11 +36,12 @@ class Trainer:
         return self
 
     def save(self, folder: Path, **progress: Any) -> "Trainer":
-        save_state(folder, {"model": self.model}, {"model": self.optimizer}, {"step": self.done, **progress})
+        with Checkpoints(folder, self.learners) as checkpoints:
+            checkpoints.save({"step": self.done, **progress})
         return self
 
     def load(self, folder: Path) -> dict[str, Any] | None:
-        progress = load_state(folder, {"model": self.model}, {"model": self.optimizer})
+        progress = Checkpoints(folder, self.learners).load()
         self.done = progress["step"] if progress else 0
         return progress
 
@@ -61,20 +63,19 @@ def test_without_its_moments_training_would_go_elsewhere(tmp_path: Path) -> None
     """The test above tells something: a fresh optimiser on the same parameters ends elsewhere."""
     Trainer(0).train(4).save(tmp_path)
     fresh = Trainer(1)
-    load_state(tmp_path, {"model": fresh.model}, {})
-    fresh.done = 4
+    fresh.load(tmp_path)
+    fresh.optimizer.state.clear()
     with pytest.raises(AssertionError):
         assert_same(fresh.train(3), Trainer(0).train(7))
 
 
 def test_several_models_keep_apart(tmp_path: Path) -> None:
     policy, value = Trainer(0).train(3), Trainer(1).train(3)
-    models = {"policy": policy.model, "value": value.model}
-    optimizers = {"policy": policy.optimizer, "value": value.optimizer}
-    save_state(tmp_path, models, optimizers, {"step": 3})
+    both = Checkpoints(tmp_path, {"policy": policy.learners["model"], "value": value.learners["model"]})
+    both.save({"step": 3})
+    both.wait()
     again, other = Trainer(5), Trainer(6)
-    models = {"policy": again.model, "value": other.model}
-    load_state(tmp_path, models, {"policy": again.optimizer, "value": other.optimizer})
+    Checkpoints(tmp_path, {"policy": again.learners["model"], "value": other.learners["model"]}).load()
     again.done = other.done = 3
     assert_same(again.train(2), policy.train(2))
     assert_same(other.train(2), value.train(2))
@@ -106,7 +107,7 @@ class Killed(BaseException):
     """What a kill looks like from inside: no handler runs."""
 
 
-@pytest.mark.parametrize("call", ["save_file", "os.replace", "write_atomic", "shutil.rmtree"])
+@pytest.mark.parametrize("call", ["_quiet", "os.replace", "write_atomic", "shutil.rmtree"])
 def test_a_kill_while_saving_leaves_the_old_or_the_new_state(tmp_path: Path, monkeypatch: Any, call: str) -> None:
     trainer = Trainer(0).train(2).save(tmp_path).train(2)
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bylaw.rlaif.advantages import explained_variance, masked_mean, masked_whiten, next_kl_coef, token_rewards
+from bylaw.rlaif.advantages import (
+    explained_variance,
+    importance_weights,
+    masked_mean,
+    masked_whiten,
+    next_kl_coef,
+    token_rewards,
+)
 
 NAN = float("nan")
 
@@ -128,6 +135,18 @@ def test_kl_controller_refuses_nonsense() -> None:
         next_kl_coef(0.15, 6, 0, 1, 1000)
     with pytest.raises(ValueError, match="horizon is -1"):
         next_kl_coef(0.15, 6, 6, 1, -1)
+
+
+def test_importance_weights_by_hand() -> None:
+    sampler, trainer = wide(-1.0, -2.0, -3.0, -500.0), wide(-1.0, -1.5, -1.0, 500.0)
+    expected = wide(1.0, math.exp(0.5), 2.0, 2.0)  # exp(2) and exp(1000) are cut
+    torch.testing.assert_close(importance_weights(trainer.requires_grad_(), sampler, 2.0), expected)
+    assert importance_weights(sampler[:1], trainer[:1] + 2000, 2.0) > 0  # and no further down than exp(-20)
+    assert not importance_weights(trainer, sampler, 2.0).requires_grad
+    with pytest.raises(ValueError, match="cap is 0; allowed: above 0"):
+        importance_weights(trainer, sampler, 0)
+    with pytest.raises(ValueError, match=r"trainer has the shape \(4,\), sampler \(1,\)"):
+        importance_weights(trainer, sampler[:1], 2.0)
 
 
 def test_explained_variance_by_hand() -> None:

@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-import bylaw.rlaif.reward
+import bylaw.model.fit
 from bylaw.constitution.schema import Constitution
 from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.kernels.preference_loss import preference_loss
 from bylaw.model.heads import ScalarModel, scalar_model
-from bylaw.model.packing import Packed, pack
+from bylaw.model.packing import pack
 from bylaw.model.records import Record, read_records
+from bylaw.model.shared_prompt import Shared
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.config import LabelConfig, RewardConfig
 from bylaw.rlaif.label import Judge, label
-from bylaw.rlaif.reward import Pair, measure, pair_scores, split_pairs, train_reward
+from bylaw.rlaif.pairs import Pair, split_pairs
+from bylaw.rlaif.reward import measure, pair_scores, train_reward
 
 MakeModel = Callable[..., Any]
 SEED = 5
@@ -91,12 +93,13 @@ def test_the_taste_of_a_known_judge_goes_through_labels_into_the_reward_model(
 
 
 class Scorer(ScalarModel):
-    """Scores that a test sets: `given` of them, one per token of the packed stream, or the token itself."""
+    """Scores that a test sets: `given` of them, one per token of the stream, or the token itself."""
 
     given: torch.Tensor | None = None
 
-    def forward(self, packed: Packed) -> torch.Tensor:
-        return packed.tokens.float() if self.given is None else self.given
+    def forward(self, packed: Shared) -> torch.Tensor:
+        scores = packed.tokens.float() if self.given is None else self.given
+        return scores if packed.wanted is None else scores[packed.wanted]
 
 
 def test_the_score_is_that_of_the_last_token_and_of_no_other(make_model: MakeModel) -> None:
@@ -212,14 +215,14 @@ def test_killed_and_resumed_it_is_the_same_to_the_bit(
     make_model: MakeModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, killed_at: int, tmp_path: Path
 ) -> None:
     whole, measures = trained(make_model, tokenizer, tmp_path / "whole")
-    calls, real = itertools.count(), bylaw.rlaif.reward.update
+    calls, real = itertools.count(), bylaw.model.fit.update
 
     def dying(*arguments: Any) -> float:
         if next(calls) == killed_at:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(bylaw.rlaif.reward, "update", dying)
+    monkeypatch.setattr(bylaw.model.fit, "update", dying)
     with pytest.raises(KeyboardInterrupt):
         trained(make_model, tokenizer, tmp_path / "cut")
     monkeypatch.undo()

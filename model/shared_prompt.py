@@ -1,0 +1,194 @@
+"""A packed stream in which the tokens that several sequences begin with are there once, with gradient.
+
+Of a group of sequences that begin alike, as a prompt with two answers, the stream holds [common | rest a | rest b]: all
+but attention runs once on the common part. Attention is what it would be on the sequences in full. There are two ways
+to it: a dense call under a mask, the faster one on a CPU, and any backend's own on keys and values copied out in full.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bylaw.kernels.attention import Layout, attention, plan, to_dense
+from bylaw.kernels.layout import Bucket
+from bylaw.kernels.rope import rope
+
+COMMON, PADDING = 0, -1  # branches of a group; those of its sequences are 1, 2 ...
+
+
+@dataclass(frozen=True)
+class InFull:
+    """Attention on the sequences laid out in full."""
+
+    source: Tensor  # [T] int64, where in the stream each of their tokens is
+    first: Tensor  # [U] int64, the first place of each of the stream's tokens among theirs
+    layout: Layout
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        # Backward sums the copies; of two, as pairs have, to the same bits whichever comes first.
+        q, k, v = (x.index_select(0, self.source) for x in (q, k, v))
+        return attention(q, k, v, self.layout, window).index_select(0, self.first)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Attention within each group under a mask that hides its sequences from each other."""
+
+    branches: Tensor  # [U] int64
+    positions: Tensor  # [U] int64
+    buckets: tuple[Bucket, ...]  # of groups
+    biases: dict[tuple[int, torch.dtype], list[Tensor]] = field(default_factory=dict)  # filled by the first layer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        out = torch.zeros_like(q)
+        for bucket, bias in zip(self.buckets, self._biases(q, window), strict=True):
+            dense_q, dense_k, dense_v = (to_dense(x, bucket).transpose(1, 2) for x in (q, k, v))  # [rows, N, length, D]
+            mixed = _dense_attention(dense_q, dense_k, dense_v, bias).transpose(1, 2)
+            flat = mixed.reshape(bucket.rows * bucket.length, *q.shape[1:])
+            out = out.index_copy(0, bucket.stream, flat.index_select(0, bucket.dense))
+        return out
+
+    def _biases(self, q: Tensor, window: int) -> list[Tensor]:
+        if (window, q.dtype) not in self.biases:
+            seen = [self._seen(bucket, window) for bucket in self.buckets]
+            self.biases[window, q.dtype] = [q.new_zeros(s.shape).masked_fill_(~s, float("-inf")) for s in seen]
+        return self.biases[window, q.dtype]
+
+    def _seen(self, bucket: Bucket, window: int) -> Tensor:
+        """[rows, 1, length, length], which keys each query sees; padding sees padding, as each must see something."""
+        branch, position = (
+            x.new_full((bucket.rows * bucket.length,), PADDING) for x in (self.branches, self.positions)
+        )
+        branch[bucket.dense], position[bucket.dense] = self.branches[bucket.stream], self.positions[bucket.stream]
+        branch, position = branch.view(bucket.rows, 1, -1), position.view(bucket.rows, 1, -1)
+        distance = position.unsqueeze(3) - position.unsqueeze(2)
+        within = (branch.unsqueeze(2) == COMMON) | (branch.unsqueeze(2) == branch.unsqueeze(3))
+        return within & (distance >= 0) & (distance < (window or distance.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A stream of U tokens that stands for B sequences of T tokens in all."""
+
+    tokens: Tensor  # [U] int64
+    positions: Tensor  # [U] int64, within each sequence
+    cu_seqlens: Tensor  # [B + 1] int64, of the sequences in full
+    source: Tensor  # [T] int64, where in the stream each token of the sequences is
+    mix: InFull | Masked
+    wanted: Tensor | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
+        """Rotate q and k, and attend causally within each sequence."""
+        return self.mix(*rope(q, k, *rotary), v, window)
+
+    @property
+    def trains(self) -> bool:
+        """Blocks run on it as they are prepared for training (model/prepare.py)."""
+        return True
+
+    @property
+    def last(self) -> Tensor:
+        """Places [B] of each sequence's last token in the stream."""
+        return self.source[self.cu_seqlens[1:] - 1]
+
+    def asking(self, wanted: Tensor) -> "Shared":
+        """This stream, of which only the hidden states at the places `wanted` are asked for; one may come twice."""
+        return dataclasses.replace(self, wanted=wanted)
+
+
+class _Piece(NamedTuple):
+    """Tokens `start` to `stop` of `ids`, whose sequence stands at `place` of the sequences in full."""
+
+    ids: Sequence[int]
+    start: int
+    stop: int
+    branch: int
+    place: int
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of `sequences` begin with."""
+    first, *others = sequences
+    length = min(map(len, sequences))
+    for other in others:
+        length = next((i for i in range(length) if first[i] != other[i]), length)
+    return length
+
+
+def pack_shared(
+    groups: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu", masked: bool | None = None
+) -> Shared:
+    """Lay out groups of sequences; the tokens that all of a group begin with are there once.
+
+    `masked` says how attention is done (`Masked` or `InFull`); None chooses by the device. Raises ValueError for no
+    groups, an empty group, and an empty sequence, which would have no last token.
+    """
+    _check(groups)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(len(ids) for group in groups for ids in group)])
+    pieces = _pieces(groups, cu_seqlens.tolist())
+    tokens = torch.tensor([token for p in pieces for token in p.ids[p.start : p.stop]])
+    positions = torch.tensor([n for p in pieces for n in range(p.start, p.stop)])
+    first = torch.tensor([n for p in pieces for n in range(p.place + p.start, p.place + p.stop)])
+    source = torch.tensor(_source(pieces))
+    mix: InFull | Masked
+    if torch.device(device).type == "cpu" if masked is None else masked:
+        branches = torch.tensor([p.branch for p in pieces for _ in range(p.start, p.stop)])
+        mix = Masked(branches.to(device), positions.to(device), plan(_bounds(pieces), device).buckets)
+    else:
+        mix = InFull(source.to(device), first.to(device), plan(cu_seqlens, device))
+    return Shared(tokens.to(device), positions.to(device), cu_seqlens.to(device), source.to(device), mix)
+
+
+def _pieces(groups: Sequence[Sequence[Sequence[int]]], places: list[int]) -> list[_Piece]:
+    """Of each group what is common, and then the rest of each sequence."""
+    pieces, at = [], 0
+    for group in groups:
+        common = common_length(group)
+        pieces.append(_Piece(group[0], 0, common, COMMON, places[at]))
+        for branch, ids in enumerate(group, 1):
+            pieces.append(_Piece(ids, common, len(ids), branch, places[at]))
+            at += 1
+    return pieces
+
+
+def _source(pieces: list[_Piece]) -> list[int]:
+    source: list[int] = []
+    shared, begin = range(0), 0
+    for piece in pieces:
+        own = range(begin, begin + piece.stop - piece.start)
+        begin = own.stop
+        if piece.branch == COMMON:
+            shared = own
+        else:
+            source += [*shared, *own]
+    return source
+
+
+def _bounds(pieces: list[_Piece]) -> Tensor:
+    """Where each group begins in the stream, and its end."""
+    ends = [0, *itertools.accumulate(piece.stop - piece.start for piece in pieces)]
+    return torch.tensor([end for end, piece in zip(ends, pieces, strict=False) if piece.branch == COMMON] + ends[-1:])
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _check(groups: Sequence[Sequence[Sequence[int]]]) -> None:
+    if not groups:
+        raise ValueError("cannot pack: no groups of sequences")
+    for number, group in enumerate(groups):
+        if not group or not all(len(ids) for ids in group):
+            what = f"a sequence of no tokens among its {len(group)}" if group else "no sequences"
+            raise ValueError(
+                f"cannot pack: group {number} has {what}; allowed: one sequence or more, none of them empty"
+            )
