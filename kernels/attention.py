@@ -3,9 +3,6 @@
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j
 
 over j of the same sequence with j <= i and, with a window w, i - j < w.
-
-The reference pads inside attention only: sequences of like length share one dense call, so that the matrix products of
-the model stay on the packed stream and little is wasted on unequal lengths.
 """
 
 import torch
@@ -14,9 +11,9 @@ from torch import Tensor
 
 from bylaw.kernels import attention_library, flash
 from bylaw.kernels.backend import choose
-from bylaw.kernels.layout import Bucket, Layout, make_buckets, plan
+from bylaw.kernels.layout import Layout, plan
 
-__all__ = ["Layout", "attention", "plan", "reference", "to_dense"]
+__all__ = ["Layout", "attention", "band", "plan", "reference"]
 LARGEST_HEAD = 256  # of our kernels
 
 
@@ -55,31 +52,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int) -> None
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int = 0) -> Tensor:
-    """`attention` in plain torch. A layout planned for a GPU has no buckets: they are made at each call, for checks."""
-    out = torch.zeros_like(q)
-    for bucket in layout.buckets or make_buckets(layout.lengths, q.device):
-        mixed = _dense_attention(to_dense(q, bucket), to_dense(k, bucket), to_dense(v, bucket), window)
-        flat = mixed.reshape(bucket.rows * bucket.length, *q.shape[1:])
-        out = out.index_copy(0, bucket.stream, flat.index_select(0, bucket.dense))
-    return out
+    """`attention` in plain torch, a sequence at a time: no padding, and no copy but the one that joins them."""
+    if not layout.tokens:
+        return torch.zeros_like(q)
+    sequences = zip(*(x.split(list(layout.lengths)) for x in (q, k, v)), strict=True)
+    return torch.cat([_causal(a, b, c, window) for a, b, c in sequences if len(a)])
 
 
-def to_dense(x: Tensor, bucket: Bucket) -> Tensor:
-    """The sequences of a bucket out of a packed `x` [T, N, D]: [rows, length, N, D], zeros behind each."""
-    # index_copy into zeros rather than a padded gather: its backward is a plain gather, not a scatter with collisions.
-    flat = x.new_zeros(bucket.rows * bucket.length, *x.shape[1:])
-    flat = flat.index_copy(0, bucket.dense, x.index_select(0, bucket.stream))
-    return flat.view(bucket.rows, bucket.length, *x.shape[1:])
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Within one sequence."""
+    mask = None if window == 0 or len(q) <= window else band(len(q), window, q.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, N, S, D]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    # [b, s, N, D]; padding lies behind each sequence, so the causal mask alone hides it from every real query.
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if window == 0 or length <= window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
-    mask = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+def band(length: int, window: int, device: torch.device) -> Tensor:
+    """[length, length], whether a query at the row's place sees the key at the column's: the last `window` of them."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < window)

@@ -10,20 +10,6 @@ from bylaw.kernels.upload import upload
 
 # A tile is this many consecutive tokens of one sequence. The kernels' blocks divide it, so that one table serves all.
 TILE = 128
-# Sequences share a dense call while the longest is at most this much longer than the shortest ...
-LENGTH_RATIO = 1.34
-# ... or while all are this short, where a further call costs more than the padding.
-SHORT = 32
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Sequences of like length: their tokens' places in the packed stream, and in a dense [rows * length]."""
-
-    rows: int
-    length: int
-    stream: Tensor  # [n]
-    dense: Tensor  # [n]
 
 
 @dataclass(frozen=True)
@@ -35,7 +21,6 @@ class Layout:
     max_seqlen: int
     cu_seqlens: Tensor  # [B + 1] int32, where each sequence starts, and the end
     tiles: Tensor  # [n, 2] int32, (sequence, tile in it): the tiles with the longest past first
-    buckets: tuple[Bucket, ...]  # for the reference; none on a GPU
 
 
 def plan(cu_seqlens: Tensor, device: torch.device | str | None = None) -> Layout:
@@ -55,7 +40,6 @@ def plan(cu_seqlens: Tensor, device: torch.device | str | None = None) -> Layout
         max_seqlen=max(lengths, default=0),
         cu_seqlens=upload(torch.tensor(starts, dtype=torch.int32), device),
         tiles=upload(_tiles(torch.tensor(lengths, dtype=torch.int64)), device),
-        buckets=() if device.type in ("cuda", "meta") else make_buckets(lengths, device),
     )
 
 
@@ -68,24 +52,3 @@ def _tiles(lengths: Tensor) -> Tensor:
     tile = torch.arange(len(sequence)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     order = torch.argsort(tile, descending=True, stable=True)
     return torch.stack((sequence, tile), dim=1)[order].int()
-
-
-def make_buckets(lengths: tuple[int, ...], device: torch.device) -> tuple[Bucket, ...]:
-    """Group sequences by length."""
-    starts = [0, *itertools.accumulate(lengths)]
-    order = sorted((b for b in range(len(lengths)) if lengths[b]), key=lambda b: -lengths[b])
-    groups: list[list[int]] = []
-    for b in order:
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest <= max(SHORT, LENGTH_RATIO * lengths[b]):
-            groups[-1].append(b)
-        else:
-            groups.append([b])
-    return tuple(_bucket([starts[b] for b in group], [lengths[b] for b in group], device) for group in groups)
-
-
-def _bucket(starts: list[int], lengths: list[int], device: torch.device) -> Bucket:
-    longest = lengths[0]
-    stream = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-    dense = torch.cat([torch.arange(row * longest, row * longest + n) for row, n in enumerate(lengths)])
-    return Bucket(len(starts), longest, stream.to(device), dense.to(device))

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bylaw.kernels import flash
+from bylaw.kernels.attention import band
 from bylaw.kernels.backend import choose, inference_only
+from bylaw.kernels.dense_attention import dense_attention, hiding
 from bylaw.kernels.launch import accumulator, config, operand, start
-from bylaw.kernels.layout import Layout, make_buckets
+from bylaw.kernels.layout import Layout
 from bylaw.kernels.merge_attention import (
     attend_block,
     lse_dtype,
@@ -60,8 +62,8 @@ def shared_prefix_attention(
     [P, Nkv, D]. Keys are rotated by their place in the whole text, so a sequence's first token stands at P. `window` 0
     sees everything before; w > 0 the last w tokens, itself included. P may be 0.
 
-    Has no gradient. Raises ValueError for shapes or dtypes that do not fit, a head size over 256, an input that
-    requires grad, and a backend that cannot run there.
+    Has no gradient. Raises ValueError for shapes or dtypes that do not fit, a head size over 256 on our kernels, an
+    input that requires grad, and a backend that cannot run there.
     """
     if q.ndim != 3 or k.shape != v.shape or k.shape[:1] != q.shape[:1] or len(q) != layout.tokens:
         shapes = [tuple(x.shape) for x in (q, k, v)]
@@ -72,7 +74,7 @@ def shared_prefix_attention(
     _check(q, k, v, window)
     _check(q, prefix_k, prefix_v, window)
     inference_only("shared_prefix_attention", q, k, v, prefix_k, prefix_v)
-    if choose("shared_prefix_attention", backend, q) == "reference":
+    if not _on_kernels("shared_prefix_attention", backend, q):
         return reference(q, k, v, layout, prefix_k, prefix_v, window)
     places = _places(layout) if window else None
     # Enough queries to fill the device without splitting the prefix.
@@ -108,7 +110,7 @@ def prefix_attention(
         raise ValueError(f"split_tokens = {split_tokens}; allowed: 16 and more, or 0 (no split)")
     inference_only("prefix_attention", q, prefix_k, prefix_v)
     places = places if window else None
-    if choose("prefix_attention", backend, q) == "reference":
+    if not _on_kernels("prefix_attention", backend, q):
         return reference_prefix(q, prefix_k, prefix_v, places, window)
     return _prefix(q, prefix_k, prefix_v, places, window, split_tokens)
 
@@ -123,7 +125,7 @@ def suffix_attention(
     """
     _check(q, k, v, window)
     inference_only("shared_prefix_attention", q, k, v)
-    if choose("shared_prefix_attention", backend, q) == "reference":
+    if not _on_kernels("shared_prefix_attention", backend, q):
         return _reference_suffix(q, k, v, layout, window)
     return flash.forward(q, k, v, layout, window)
 
@@ -153,24 +155,20 @@ def reference_prefix(
 
 def _reference_suffix(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int) -> tuple[Tensor, Tensor]:
     """Causal attention within each sequence, and its log-sum-exp [Nq, T]."""
-    out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=lse_dtype(q))
-    for bucket in layout.buckets or make_buckets(layout.lengths, q.device):
-        places = torch.arange(bucket.length, device=q.device)
-        distance = places[:, None] - places
-        seen = (distance >= 0) & (distance < (window or bucket.length))
-        # Padding takes token 0's; it lies behind each sequence, hidden from every real query.
-        padded = torch.zeros(bucket.rows * bucket.length, dtype=torch.int64, device=q.device)
-        padded = padded.index_copy(0, bucket.dense, bucket.stream)
-        grouped, keys, values = (
-            x[padded].view(bucket.rows, bucket.length, k.shape[1], -1, q.shape[2]).permute(0, 2, 3, 1, 4)
-            for x in (q, k, v)
-        )  # [rows, Nkv, group or 1, length, D]
-        part, part_lse = reference_part(grouped, keys, values, seen)
-        part = part.permute(0, 3, 1, 2, 4).reshape(-1, *q.shape[1:])
-        part_lse = part_lse.permute(0, 3, 1, 2).reshape(-1, q.shape[1])
-        out = out.index_copy(0, bucket.stream, part[bucket.dense])
-        lse = lse.index_copy(0, bucket.stream, part_lse[bucket.dense])
-    return out, lse.T
+    sequences = zip(*(x.split(list(layout.lengths)) for x in (q, k, v)), strict=True)
+    parts = [_causal_part(a, b, c, window) for a, b, c in sequences if len(a)]
+    if not parts:
+        return torch.zeros_like(q), q.new_zeros(q.shape[1::-1], dtype=lse_dtype(q))
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _causal_part(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Within one sequence."""
+    bias = hiding(band(len(q), window, q.device), q) if 0 < window < len(q) else None
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, Nq, S, D]
+    out, lse = dense_attention(q, k, v, bias, causal=bias is None)
+    return out[0].transpose(0, 1), lse[0]
 
 
 def _places(layout: Layout) -> Tensor:
@@ -187,12 +185,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
             f"queries {tuple(q.shape)} over keys {tuple(k.shape)} and values {tuple(v.shape)}; allowed: [T, Nq, D] and "
             "twice [P, Nkv, D], Nq a multiple of Nkv"
         )
-    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(f"heads of size {q.shape[2]}; allowed: 1 to {MAX_HEAD_DIM}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"dtypes {q.dtype}, {k.dtype} and {v.dtype}; allowed: one for queries, keys and values")
     if window < 0:
         raise ValueError(f"window = {window}; allowed: 0 (no window), or 1 and more")
+
+
+def _on_kernels(operation: str, backend: str, q: Tensor) -> bool:
+    """Whether our kernels run. Raises ValueError for heads that they do not take."""
+    if choose(operation, backend, q) == "reference":
+        return False
+    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
+        raise ValueError(f"heads of size {q.shape[2]}; allowed: 1 to {MAX_HEAD_DIM}, or backend='reference'")
+    return True
 
 
 @triton.jit

@@ -83,7 +83,7 @@ def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_epsilon,
-        foreach=True,
+        fused=not low,  # one pass over memory, on a CPU too
     )
 
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bylaw.kernels.attention import Layout, attention, plan, to_dense
-from bylaw.kernels.layout import Bucket
+from bylaw.kernels.attention import Layout, attention, plan
+from bylaw.kernels.dense_attention import hiding
 from bylaw.kernels.rope import rope
 
-COMMON, PADDING = 0, -1  # branches of a group; those of its sequences are 1, 2 ...
+COMMON = 0  # branch of a group's common part; those of its sequences are 1, 2 ...
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,31 @@ class Masked:
 
     branches: Tensor  # [U] int64
     positions: Tensor  # [U] int64
-    buckets: tuple[Bucket, ...]  # of groups
+    lengths: list[int]  # of the groups
     biases: dict[tuple[int, torch.dtype], list[Tensor]] = field(default_factory=dict)  # filled by the first layer
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        out = torch.zeros_like(q)
-        for bucket, bias in zip(self.buckets, self._biases(q, window), strict=True):
-            dense_q, dense_k, dense_v = (to_dense(x, bucket).transpose(1, 2) for x in (q, k, v))  # [rows, N, length, D]
-            mixed = _dense_attention(dense_q, dense_k, dense_v, bias).transpose(1, 2)
-            flat = mixed.reshape(bucket.rows * bucket.length, *q.shape[1:])
-            out = out.index_copy(0, bucket.stream, flat.index_select(0, bucket.dense))
-        return out
+        groups = zip(*(x.split(self.lengths) for x in (q, k, v)), self._biases(q, window), strict=True)
+        return torch.cat([_under(*group) for group in groups])
 
     def _biases(self, q: Tensor, window: int) -> list[Tensor]:
         if (window, q.dtype) not in self.biases:
-            seen = [self._seen(bucket, window) for bucket in self.buckets]
-            self.biases[window, q.dtype] = [q.new_zeros(s.shape).masked_fill_(~s, float("-inf")) for s in seen]
+            groups = zip(self.branches.split(self.lengths), self.positions.split(self.lengths), strict=True)
+            self.biases[window, q.dtype] = [hiding(_seen(*group, window), q) for group in groups]
         return self.biases[window, q.dtype]
 
-    def _seen(self, bucket: Bucket, window: int) -> Tensor:
-        """[rows, 1, length, length], which keys each query sees; padding sees padding, as each must see something."""
-        branch, position = (
-            x.new_full((bucket.rows * bucket.length,), PADDING) for x in (self.branches, self.positions)
-        )
-        branch[bucket.dense], position[bucket.dense] = self.branches[bucket.stream], self.positions[bucket.stream]
-        branch, position = branch.view(bucket.rows, 1, -1), position.view(bucket.rows, 1, -1)
-        distance = position.unsqueeze(3) - position.unsqueeze(2)
-        within = (branch.unsqueeze(2) == COMMON) | (branch.unsqueeze(2) == branch.unsqueeze(3))
-        return within & (distance >= 0) & (distance < (window or distance.shape[-1]))
+
+def _seen(branch: Tensor, position: Tensor, window: int) -> Tensor:
+    """[U, U] of a group, which keys each query sees."""
+    distance = position[:, None] - position
+    within = (branch == COMMON) | (branch[:, None] == branch)
+    return within & (distance >= 0) & (distance < (window or len(position)))
+
+
+def _under(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, N, U, D]
+    out = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def pack_shared(
     mix: InFull | Masked
     if torch.device(device).type == "cpu" if masked is None else masked:
         branches = torch.tensor([p.branch for p in pieces for _ in range(p.start, p.stop)])
-        mix = Masked(branches.to(device), positions.to(device), plan(_bounds(pieces), device).buckets)
+        mix = Masked(branches.to(device), positions.to(device), _lengths(pieces))
     else:
         mix = InFull(source.to(device), first.to(device), plan(cu_seqlens, device))
     return Shared(tokens.to(device), positions.to(device), cu_seqlens.to(device), source.to(device), mix)
@@ -170,17 +167,14 @@ def _source(pieces: list[_Piece]) -> list[int]:
     return source
 
 
-def _bounds(pieces: list[_Piece]) -> Tensor:
-    """Where each group begins in the stream, and its end."""
-    ends = [0, *itertools.accumulate(piece.stop - piece.start for piece in pieces)]
-    return torch.tensor([end for end, piece in zip(ends, pieces, strict=False) if piece.branch == COMMON] + ends[-1:])
-
-
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+def _lengths(pieces: list[_Piece]) -> list[int]:
+    """Of the groups in the stream."""
+    lengths: list[int] = []
+    for piece in pieces:
+        if piece.branch == COMMON:
+            lengths.append(0)
+        lengths[-1] += piece.stop - piece.start
+    return lengths
 
 
 def _check(groups: Sequence[Sequence[Sequence[int]]]) -> None:

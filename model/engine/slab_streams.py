@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bylaw.kernels.attention import Layout, attention, plan, to_dense
+from bylaw.kernels.attention import attention, plan
 from bylaw.kernels.dense_attention import dense_attention, hiding, merge_parts
 from bylaw.kernels.merge_attention import lse_dtype
 from bylaw.kernels.rope import rope
+from bylaw.kernels.shared_prefix_attention import suffix_attention
 from bylaw.model.engine.prefix import Path, Segment, length
 from bylaw.model.engine.store import Item, wanted_places
 from bylaw.model.transformer import Rotary
@@ -56,7 +57,7 @@ class SlabPrefill:
         assert all(not item.past for item in items[:fresh])
         self.fresh = int(starts[fresh])
         self.wanted = wanted_places(items)
-        self.layout: Layout = plan(starts[: fresh + 1])
+        self.layout = plan(starts[: fresh + 1])
         self.users = users_of([(item.path, a, b) for item, a, b in ranges])
         self.rows = _Places.of(bases, ranges, self.positions)
 
@@ -67,7 +68,8 @@ class SlabPrefill:
         if not self.users and not self.going_on:
             return attention(q, k, v, self.layout, window)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-        out[new], lse[new] = causal_attention(q[new], k[new], v[new], self.layout, window)
+        out[new], fresh = suffix_attention(q[new], k[new], v[new], self.layout, window)
+        lse[new] = fresh.T
         for item, begin, end in self.going_on:
             out[begin:end], lse[begin:end] = self._go_on(layer, item, q[begin:end], window)
         return add_segments(layer, q, out, lse, self.users, self.positions, window)
@@ -178,24 +180,6 @@ def over(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) ->
     out, lse = dense_attention(rows.flatten(1, 2)[None], keys, values, bias)
     out, lse = (x[0].unflatten(1, (group, -1)) for x in (out, lse))
     return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int) -> tuple[Tensor, Tensor]:
-    """Within each packed sequence: out [T, N_q, D] and lse [T, N_q]."""
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-    group = q.shape[1] // k.shape[1]
-    for bucket in layout.buckets:
-        rows, keys, values = (to_dense(x, bucket).transpose(1, 2) for x in (q, k, v))
-        if group > 1:
-            keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        bias = None
-        if 0 < window < bucket.length:
-            distance = torch.arange(bucket.length)[:, None] - torch.arange(bucket.length)
-            bias = hiding((distance >= 0) & (distance < window), q)
-        part, part_lse = dense_attention(rows, keys, values, bias, causal=bias is None)
-        out[bucket.stream] = part.transpose(1, 2).flatten(0, 1)[bucket.dense]
-        lse[bucket.stream] = part_lse.transpose(1, 2).flatten(0, 1)[bucket.dense]
-    return out, lse
 
 
 def add_segments(

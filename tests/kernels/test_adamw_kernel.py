@@ -13,7 +13,9 @@ from bylaw.kernels import adamw as module
 from bylaw.kernels.adamw import adamw
 from bylaw.model import optim
 from bylaw.model.optim import MasterAdamW, update
+from bylaw.model.parallel import ALONE
 from bylaw.model.settings import OptimSettings
+from bylaw.model.sharding import gradient_norm
 from bylaw.model.train_state import Checkpoints, Learner
 
 NUMBERS: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -179,7 +181,7 @@ def test_the_norm_of_many_small_gradients_is_not_rounded() -> None:
     model = nn.ParameterList([torch.zeros(257, dtype=torch.bfloat16) for _ in range(3)])
     for parameter in model:
         parameter.grad = torch.ones(257, dtype=torch.bfloat16)
-    assert float(optim.gradient_norm(model)) == pytest.approx(math.sqrt(3 * 257), rel=1e-6)
+    assert float(gradient_norm(list(model.named_parameters()), ALONE)) == pytest.approx(math.sqrt(3 * 257), rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

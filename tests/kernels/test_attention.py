@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bylaw.kernels.attention import attention, plan
-from bylaw.kernels.layout import LENGTH_RATIO, SHORT
 
 EVERY_LENGTH = tuple((17 * n) % 71 for n in range(1, 71))  # 1 to 70, mixed
 MIXED = (3, 70, 1, 33, 0, 7, 7, 50, 2)
@@ -87,37 +86,12 @@ def test_a_sequence_does_not_feel_its_batch_mates(window: int) -> None:
 def test_a_broken_batch_mate_breaks_nobody_else() -> None:
     q, k, v = random_qkv(12, 2, 1, 4)
     layout = plan(offsets((5, 4, 3)))
-    assert len(layout.buckets) == 1
     before = attention(q, k, v, layout)
     for x in (q, k, v):
         x[5:9] = torch.nan
     after = attention(q, k, v, layout)
     assert after[5:9].isnan().all()
     assert torch.equal(after[:5], before[:5]) and torch.equal(after[9:], before[9:])
-
-
-@pytest.mark.parametrize("lengths", [MIXED, EVERY_LENGTH, (1,), (0, 5, 0), (100, 75, 74, 32, 31, 1)])
-def test_buckets_place_every_token_once_and_pad_little(lengths: tuple[int, ...]) -> None:
-    cu_seqlens = offsets(lengths)
-    buckets = plan(cu_seqlens).buckets
-    assert sorted(torch.cat([bucket.stream for bucket in buckets]).tolist()) == list(range(sum(lengths)))
-    for bucket in buckets:
-        assert bucket.rows * bucket.length <= len(bucket.stream) * LENGTH_RATIO or bucket.length <= SHORT
-        sequence = torch.searchsorted(cu_seqlens, bucket.stream, right=True) - 1
-        place = bucket.stream - cu_seqlens[sequence]
-        assert torch.equal(bucket.dense % bucket.length, place), "a token keeps its place within its sequence"
-        rows = list(zip((bucket.dense // bucket.length).tolist(), sequence.tolist(), strict=True))
-        assert len(set(rows)) == bucket.rows, "a sequence has a row, and a row a sequence"
-
-
-def test_like_lengths_share_a_bucket() -> None:
-    def lengths(*given: int) -> list[tuple[int, int]]:
-        return [(bucket.rows, bucket.length) for bucket in plan(offsets(given)).buckets]
-
-    assert lengths(100, 75) == [(2, 100)]  # 100 / 75 = 1.333
-    assert lengths(74, 100) == [(1, 100), (1, 74)]  # 100 / 74 = 1.351
-    assert lengths(1, 32, 2, 60) == [(1, 60), (3, 32)]
-    assert lengths(2, 33) == [(1, 33), (1, 2)]
 
 
 @pytest.mark.parametrize("cu_seqlens", [torch.tensor([0]), torch.tensor([0, 0, 0])])

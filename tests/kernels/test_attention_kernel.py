@@ -177,15 +177,6 @@ def test_every_tile_once_and_the_longest_past_first() -> None:
     assert (layout.tokens, layout.max_seqlen) == (4 * TILE + 2, 3 * TILE)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="is about a CPU's layout")
-def test_a_layout_without_buckets_makes_them_when_they_are_asked_for() -> None:
-    cu_seqlens = torch.tensor([0, 3, 5])
-    assert plan(cu_seqlens).buckets and not plan(cu_seqlens, "meta").buckets
-    bare = Layout(**{**vars(plan(cu_seqlens)), "buckets": ()})
-    inputs = random_qkv(5, (2, 1, 4))
-    assert torch.equal(torchs(bare)(*inputs), torchs(plan(cu_seqlens))(*inputs))
-
-
 def test_refusals() -> None:
     layout, (q, k, v) = layout_of((3, 2)), random_qkv(5, (4, 2, 8))
     for wrong in (

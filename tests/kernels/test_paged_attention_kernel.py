@@ -91,8 +91,8 @@ def test_reference_against_dense_decoding(window: int) -> None:
             pages = block_table[row, : -(-length // 16)].long()
             k, v = (x[pages].flatten(0, 1)[None, :length].transpose(1, 2) for x in (keys, values))
             seen = slice(max(0, length - window) if window else 0, length)
-            heads = (x[:, :, seen] for x in (k, v))
-            dense = F.scaled_dot_product_attention(q[row][None, :, None], *heads, enable_gqa=True)
+            k, v = k[:, :, seen], v[:, :, seen]
+            dense = F.scaled_dot_product_attention(q[row][None, :, None], k, v, enable_gqa=True)
             torch.testing.assert_close(out[row], dense[0, :, 0])
 
 

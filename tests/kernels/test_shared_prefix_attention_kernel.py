@@ -197,7 +197,8 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"queries \(5, 5, 16\) over keys \(5, 2, 16\)"):
         shared_prefix_attention(q[:, :5], k, v, layout, prefix_k, prefix_v)
     with pytest.raises(ValueError, match="heads of size 272; allowed: 1 to 256"):
-        prefix_attention(q.repeat(1, 1, 17), prefix_k.repeat(1, 1, 17), prefix_v.repeat(1, 1, 17))
+        wide_q, wide_k, wide_v = (x.repeat(1, 1, 17) for x in (q, prefix_k, prefix_v))
+        prefix_attention(wide_q, wide_k, wide_v, backend="triton")
     with pytest.raises(ValueError, match=r"dtypes torch\.float64, torch\.float32"):
         prefix_attention(q, prefix_k.float(), prefix_v.float())
     with pytest.raises(ValueError, match="window = -1; allowed: 0"):
