@@ -93,17 +93,25 @@ def load_reward(
     Errors as for load_model, and ValueError for more than one label.
     """
     folder = Path(folder)
-    fields, config = _read_config(folder, "ForSequenceClassification", "load_model")
-    labels = fields.get("num_labels", len(fields.get("id2label") or "ab"))  # without either, Transformers takes two
-    if labels != 1:
-        raise ValueError(f"{folder / 'config.json'}: num_labels = {labels} is not a reward model; allowed: 1")
+    extras = reward_extras(folder)
+    _, config = _read_config(folder, "ForSequenceClassification", "load_model")
     files, wanted = weight_files(folder), pieces(config, "ForSequenceClassification")
     check_weights(files, wanted, folder)
     with torch.device("meta"):
         model = ScalarModel(Transformer(config, with_head=False))
     _materialise(model, device, dtype, parallel)
     read_weights(files, wanted, dict(model.named_parameters()), parallel)
-    return model, dict(fields.get("bylaw") or {})
+    return model, extras
+
+
+def reward_extras(folder: str | Path) -> dict[str, Any]:
+    """What was saved with a reward model beside its weights. Errors as for load_reward, from its config.json alone."""
+    path = Path(folder) / "config.json"
+    fields, _ = _read_config(Path(folder), "ForSequenceClassification", "load_model")
+    labels = fields.get("num_labels", len(fields.get("id2label") or "ab"))  # without either, Transformers takes two
+    if labels != 1:
+        raise ValueError(f"{path}: num_labels = {labels} is not a reward model; allowed: 1")
+    return dict(fields.get("bylaw") or {})
 
 
 def load_scalar(

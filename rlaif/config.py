@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from bylaw.model.settings import OptimSettings, SamplingSettings, require, require_cache
@@ -174,6 +175,8 @@ class PPOConfig(OptimSettings):
     """Taken from the score of a response that did not end by itself."""
     score_stats: Literal["heldout", "running", "none"] = "heldout"
     """What makes scores have mean 0 and deviation 1: held-out answers, all scores of the run so far, or nothing."""
+    rewards: tuple[str, ...] = ()
+    """Further reward models beside the run's own, each FOLDER or FOLDER=WEIGHT; the run's own has weight 1."""
     score_clip: float = 0.0
     """Scores are kept within plus and minus this, before the penalty for no end; 0 is no limit."""
     collapse: Literal["ignore", "warn", "stop"] = "warn"
@@ -203,10 +206,23 @@ class PPOConfig(OptimSettings):
         require(self.temperature > 0, "temperature", self.temperature, "above 0 (PPO needs a distribution)")
         for name in ("gamma", "gae_lambda", "collapse_rise", "collapse_fall", "max_repetition", "max_boilerplate"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        _ = self.further_rewards
         require(self.dual_clip == 0 or self.dual_clip > 1, "dual_clip", self.dual_clip, "0 (none), or above 1")
         require(
             self.minibatches <= self.rollouts, "minibatches", self.minibatches, f"at most rollouts = {self.rollouts}"
         )
+
+    @property
+    def further_rewards(self) -> list[tuple[Path, float]]:
+        """Folders and weights of `rewards`."""
+        found = []
+        for written in self.rewards:
+            folder, _, weight = written.partition("=")
+            try:
+                found.append((Path(folder), float(weight or 1.0)))
+            except ValueError as error:
+                raise ValueError(f"rewards = {written!r}; allowed: FOLDER or FOLDER=WEIGHT") from error
+        return found
 
     @property
     def clips(self) -> tuple[float, float]:

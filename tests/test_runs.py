@@ -38,7 +38,7 @@ def test_manifest_tells_what_was_made_of_what(tmp_path: Path) -> None:
     manifest = run_stage(stage(tmp_path, iterations=7), write_text)
     assert json.loads((tmp_path / "ppo" / "manifest.json").read_text()) == manifest
     assert (manifest["stage"], manifest["inputs"], manifest["seed"]) == ("ppo", {"prompts": "abc"}, 1)
-    assert manifest["config"] == dataclasses.asdict(PPOConfig(iterations=7))
+    assert manifest["config"] == json.loads(json.dumps(dataclasses.asdict(PPOConfig(iterations=7))))
     assert manifest["counts"] == {"texts": 1}
     hashes = {"metrics.jsonl": hashlib.sha256(b"1\n"), "texts.jsonl": hashlib.sha256(b"2\n")}
     assert manifest["outputs"] == {name: digest.hexdigest() for name, digest in hashes.items()}

@@ -1,7 +1,8 @@
 """A recipe with what it names: constitution, tokenizer, prompts, checkpoints, and the folders of its stages."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution
-from bylaw.model.checkpoint import checkpoint_hash, load_model
+from bylaw.model.checkpoint import checkpoint_hash, load_model, load_reward
 from bylaw.model.data import Prompt, read_prompts
 from bylaw.model.engine import Engine
 from bylaw.model.engine.store import GIB, budget, page_bytes
+from bylaw.model.heads import ScalarModel
 from bylaw.model.parallel import ALONE, DATA, TENSOR, Parallel
 from bylaw.model.records import sha256_file
 from bylaw.model.sampler import Sampler
@@ -67,6 +69,9 @@ class Run:
         """A model that is trained: all ranks share it out."""
         return load_model(folder, self.device, torch.float32, self.parallel)
 
+    def reward_model(self, folder: Path) -> ScalarModel:
+        return load_reward(folder, self.device, torch.float32, self.parallel)[0]
+
     def sampled_model(self, folder: Path) -> Transformer:
         """A model that is only sampled from: each data rank has all of it, and works at its own pace."""
         return load_model(folder, self.device, torch.float32, self._tensor_group)
@@ -119,6 +124,12 @@ class Run:
 
         by_first(self.parallel, check)
         return path
+
+    @property
+    def lora_inputs(self) -> dict[str, str]:
+        """What decides a training stage's output beside its own settings, if it trains an adapter."""
+        lora = self.recipe.lora
+        return {"lora": json.dumps(asdict(lora))} if lora.rank else {}
 
     @property
     def prompt_inputs(self) -> dict[str, str]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from bylaw.adapters import FOLDER, adapted, ppo_models
 from bylaw.inputs import Run, device_of
-from bylaw.model.checkpoint import checkpoint_hash, load_reward, load_scalar, save_model, save_reward
+from bylaw.model.checkpoint import checkpoint_hash, load_scalar, save_model, save_reward
 from bylaw.model.engine import Engine
 from bylaw.model.engine.stats import Stats
 from bylaw.model.parallel import parallel_program
@@ -27,10 +28,10 @@ from bylaw.rlaif.compare import compare
 from bylaw.rlaif.dpo import train_dpo
 from bylaw.rlaif.label import Judge, label
 from bylaw.rlaif.pairs import split_pairs
-from bylaw.rlaif.ppo import Models, ppo, shared_value
-from bylaw.rlaif.ppo_scores import Reward
+from bylaw.rlaif.ppo import ppo
 from bylaw.rlaif.reward import train_reward
 from bylaw.rlaif.rollout import Rollout
+from bylaw.runs import folder_hash
 from bylaw.sl_cai.finetune import finetune
 from bylaw.sl_cai.revise import Reviser, revise, sample_helpful
 from bylaw.together import by_first, once_a_machine
@@ -79,21 +80,23 @@ def run_revise(run: Run) -> dict[str, Any]:
 def run_finetune(run: Run) -> dict[str, Any]:
     chains, helpful = run.path("revise", "chains.jsonl"), run.path("revise", "helpful.jsonl")
     inputs = {"base": checkpoint_hash(run.recipe.base), "chains": sha256_file(chains), "helpful": sha256_file(helpful)}
+    inputs |= run.lora_inputs
 
     def work(folder: Path) -> dict[str, Any]:
         model = run.model(run.recipe.base)
         sampler = run.sampler(model, run.recipe.base, SamplingSettings())
-        counts = finetune(
-            model,
-            run.tokenizer,
-            read_records(chains),
-            read_records(helpful),
-            folder,
-            run.recipe.finetune,
-            run.recipe.seed,
-            show=_sample_shower(run, sampler, folder / "samples.jsonl"),
-            parallel=run.parallel,
-        )
+        with adapted(run, model, run.recipe.base, folder):
+            counts = finetune(
+                model,
+                run.tokenizer,
+                read_records(chains),
+                read_records(helpful),
+                folder,
+                run.recipe.finetune,
+                run.recipe.seed,
+                show=_sample_shower(run, sampler, folder / "samples.jsonl"),
+                parallel=run.parallel,
+            )
         card = _card(run, "SL-CAI: trained on revisions by a constitution")
         save_model(model, folder / "sl-cai", run.tokenizer, card, parallel=run.parallel)
         return counts
@@ -135,13 +138,14 @@ def run_label(run: Run) -> dict[str, Any]:
 def run_reward(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
-    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start)}
+    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start), **run.lora_inputs}
 
     def work(folder: Path) -> dict[str, Any]:
         fraction = recipe.reward.heldout_fraction
         train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
         model = load_scalar(start, recipe.seed, run.device, torch.float32, run.parallel)
-        measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
+        with adapted(run, model, start, folder):
+            measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
         extras = {name: measures[name] for name in ("score_mean", "score_std")}
         card = _card(run, "Reward model: scores an answer at its last token; take off score_mean, divide by score_std")
         save_reward(model, folder / "reward-model", run.tokenizer, extras, card, parallel=run.parallel)
@@ -154,21 +158,15 @@ def run_ppo(run: Run) -> dict[str, Any]:
     config = run.recipe.ppo
     start, scorer = run.path("finetune", "sl-cai"), run.path("reward", "reward-model")
     inputs = {"sl-cai": checkpoint_hash(start), "reward-model": checkpoint_hash(scorer), **run.prompt_inputs}
+    inputs |= {f"reward {folder}": checkpoint_hash(folder) for folder, _ in config.further_rewards}
+    if run.recipe.lora.rank:
+        inputs |= run.lora_inputs | {"adapter": folder_hash(run.path("reward", FOLDER))}
 
     def work(folder: Path) -> dict[str, Any]:
-        policy, reference = run.model(start), run.model(start)
-        reward, extras = load_reward(scorer, run.device, torch.float32, run.parallel)
-        if config.score_stats == "heldout" and not extras["score_std"] > 0:
-            raise ValueError(
-                f"{scorer}: score_std = {extras['score_std']}, as all held-out answers have the same score; set "
-                'ppo.score_stats = "running" or "none", or train the reward model on more'
-            )
-        shared = config.value == "shared"
-        value = shared_value(policy) if shared else load_reward(scorer, run.device, torch.float32, run.parallel)[0]
-        models = Models(policy, value, reference, [Reward(reward, extras["score_mean"], extras["score_std"])])
-        engine = run.engine(policy, config.cache_gib, config.max_rows)
-        show = _rollout_shower(run, folder / "samples.jsonl", config.iterations)
-        counts = ppo(models, engine, run.rl_prompts, folder, config, run.recipe.seed, show, run.parallel)
+        with ppo_models(run, start, scorer, folder) as (policy, models):
+            engine = run.engine(policy, config.cache_gib, config.max_rows)
+            show = _rollout_shower(run, folder / "samples.jsonl", config.iterations)
+            counts = ppo(models, engine, run.rl_prompts, folder, config, run.recipe.seed, show, run.parallel)
         card = _card(run, "RL-CAI: trained by PPO on AI preferences")
         save_model(policy, folder / "rl-cai", run.tokenizer, card, parallel=run.parallel)
         return counts | _figures(run, engine)
@@ -179,13 +177,14 @@ def run_ppo(run: Run) -> dict[str, Any]:
 def run_dpo(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
-    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start)}
+    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start), **run.lora_inputs}
 
     def work(folder: Path) -> dict[str, Any]:
         fraction = recipe.dpo.heldout_fraction
         train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
         policy = run.model(start)
-        measures = train_dpo(policy, train, heldout, folder, recipe.dpo, recipe.seed, run.parallel)
+        with adapted(run, policy, start, folder):
+            measures = train_dpo(policy, train, heldout, folder, recipe.dpo, recipe.seed, run.parallel)
         card = _card(run, "DPO: trained on AI preferences without a reward model")
         save_model(policy, folder / "dpo-cai", run.tokenizer, card, parallel=run.parallel)
         return counts | measures

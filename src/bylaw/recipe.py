@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from bylaw.model.lora_settings import LoraSettings
 from bylaw.model.settings import require
 from bylaw.rlaif.config import CompareConfig, DPOConfig, LabelConfig, PPOConfig, RewardConfig
 from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
@@ -54,6 +55,7 @@ class Recipe:
     """Use only the first so many prompts of each file; 0 uses all."""
     max_prompt_tokens: int = 0
     """Leave out prompts of more tokens, and count them; 0 takes all, and one that is too long stops the run."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
     revise: ReviseConfig = field(default_factory=ReviseConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
@@ -71,6 +73,8 @@ class Recipe:
         require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2^63 - 2")
         require(self.tensor_parallel >= 1, "tensor_parallel", self.tensor_parallel, "1 or more")
         require(0 < self.timeout_minutes <= 1e6, "timeout_minutes", self.timeout_minutes, "above 0, up to 1e6")
+        whole = self.tensor_parallel == 1 or not self.lora.rank
+        require(whole, "tensor_parallel", self.tensor_parallel, "1 with lora.rank above 0: adapters are not cut")
         require(self.prompt_limit >= 0, "prompt_limit", self.prompt_limit, "0 (all) or more")
         require(self.max_prompt_tokens >= 0, "max_prompt_tokens", self.max_prompt_tokens, "0 (no limit) or more")
 
@@ -114,8 +118,15 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def as_table(settings: Any) -> dict[str, Any]:
     """A settings dataclass as plain JSON values; paths made absolute, so that they mean the same from anywhere."""
-    plain = dataclasses.asdict(settings)
-    return {key: str(value.absolute()) if isinstance(value, Path) else value for key, value in plain.items()}
+    return {key: _plain(value) for key, value in dataclasses.asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _anchored(table: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -125,7 +136,12 @@ def _anchored(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     named = [key for key in ("out", "base", "prompts", "helpful") if table.get(key)]
     if str(table.get("constitution", "")).endswith(".toml"):
         named.append("constitution")
-    return table | {key: str(folder / table[key]) for key in named if isinstance(table[key], str)}
+    table = table | {key: str(folder / table[key]) for key in named if isinstance(table[key], str)}
+    ppo = table.get("ppo")
+    if isinstance(ppo, dict) and isinstance(ppo.get("rewards"), list | tuple):
+        rewards = [str(folder / one) if isinstance(one, str) else one for one in ppo["rewards"]]
+        table["ppo"] = ppo | {"rewards": rewards}
+    return table
 
 
 def _line(key: str, value: Any) -> str:
@@ -164,6 +180,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
         require(value in get_args(hint), where, value, " or ".join(map(repr, get_args(hint))))
         return value
+    if get_origin(hint) is tuple:  # of text
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        require(texts, where, value, "a list of texts")
+        return tuple(value)
     if hint is float and type(value) is int:
         return float(value)
     expected = str if hint is Path else hint

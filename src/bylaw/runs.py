@@ -1,5 +1,6 @@
 """Run folders: each stage has a folder and a manifest, is skipped when done, and goes on when it was killed."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -133,7 +134,15 @@ def _flat(table: Mapping[str, Any], keys: Collection[str], prefix: str = "") -> 
 
 def _hash(output: Path) -> str:
     """Of a file, or of a checkpoint folder."""
-    return checkpoint_hash(output) if output.is_dir() else sha256_file(output)
+    if not output.is_dir():
+        return sha256_file(output)
+    return checkpoint_hash(output) if (output / "config.json").exists() else folder_hash(output)
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256, in hex, over the names and bytes of a folder's files: of an adapter, which is no checkpoint."""
+    named = "".join(f"{path.name} {sha256_file(path)}\n" for path in sorted(folder.iterdir()))
+    return hashlib.sha256(named.encode()).hexdigest()
 
 
 def _check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:

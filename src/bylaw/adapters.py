@@ -1,0 +1,121 @@
+"""Stages that train adapters (the recipe's [lora]) in place of whole models: one trunk in memory, whatever learns.
+
+Each writes its adapter as a PEFT folder, beside the merged checkpoint that any program loads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bylaw.inputs import Run
+from bylaw.model.checkpoint import reward_extras
+from bylaw.model.heads import ScalarModel, scalar_model
+from bylaw.model.lora import (
+    View,
+    adapter_module,
+    adapter_parameters,
+    add_adapter,
+    copy_adapter,
+    merge,
+    use_adapter,
+)
+from bylaw.model.peft_format import load_adapter, save_adapter
+from bylaw.model.transformer import Transformer
+from bylaw.rlaif.ppo import Models, shared_value
+from bylaw.rlaif.ppo_scores import Reward
+
+POLICY, VALUE, REWARD, FOLDER = "policy", "value", "reward", "adapter"
+
+
+@contextmanager
+def adapted(run: Run, model: Transformer | ScalarModel, start: Path, folder: Path) -> Iterator[None]:
+    """In it, an adapter learns on `model` and its weights stay as they are; then it is written to `folder`/adapter and
+    merged. Without [lora] the model itself learns, and nothing is done here.
+
+    `start` is the checkpoint that `model` came from.
+    """
+    if not run.recipe.lora.rank:
+        yield
+        return
+    trunk = model.trunk if isinstance(model, ScalarModel) else model
+    add_adapter(trunk, POLICY, run.recipe.lora, run.recipe.seed, freeze_base=True)
+    if isinstance(model, ScalarModel):
+        model.adapter = POLICY
+    with use_adapter(trunk, POLICY):
+        yield
+    _write(run, model, start, folder)
+
+
+def _write(run: Run, model: Transformer | ScalarModel, start: Path, folder: Path) -> None:
+    trunk = model.trunk if isinstance(model, ScalarModel) else model
+    save_adapter(model, POLICY, folder / FOLDER, str(start), parallel=run.parallel)
+    merge(trunk, POLICY)
+    if isinstance(model, ScalarModel):
+        model.adapter = None
+
+
+@contextmanager
+def ppo_models(run: Run, start: Path, scorer: Path, folder: Path) -> Iterator[tuple[Transformer, Models]]:
+    """The policy of PPO, which in the end is a plain model, and all its models.
+
+    Each is a model of its own or, with [lora], policy, value, reference and reward are all the trunk of `start`, and
+    the policy's adapter is written to `folder`/adapter.
+    """
+    if not run.recipe.lora.rank:
+        policy = run.model(start)
+        yield policy, _on_their_own(run, policy, start, scorer)
+        return
+    trunk = run.model(start)
+    models = _on_one_trunk(run, trunk, scorer)
+    with use_adapter(trunk, POLICY):
+        yield trunk, models
+    _write(run, trunk, start, folder)
+
+
+def _on_their_own(run: Run, policy: Transformer, start: Path, scorer: Path) -> Models:
+    reference = run.model(start)
+    shared = run.recipe.ppo.value == "shared"
+    value = shared_value(policy) if shared else run.reward_model(scorer)
+    return Models(policy, value, reference, _rewards(run, run.reward_model(scorer), scorer))
+
+
+def _on_one_trunk(run: Run, trunk: Transformer, scorer: Path) -> Models:
+    """The reference is the trunk with its adapters off."""
+    seed = run.recipe.seed
+    add_adapter(trunk, POLICY, run.recipe.lora, seed, freeze_base=True)
+    reward = scalar_model(trunk, seed, REWARD)
+    load_adapter(reward, scorer.with_name(FOLDER), REWARD, parallel=run.parallel)
+    for parameter in adapter_parameters(reward, REWARD).values():
+        parameter.requires_grad_(False)
+    if run.recipe.ppo.value == "shared":
+        value = shared_value(trunk)
+        value.adapter, learning = POLICY, {POLICY: adapter_module(value, POLICY)}
+    else:
+        copy_adapter(trunk, REWARD, VALUE)
+        value = ScalarModel(trunk, VALUE).to(trunk.device)
+        with torch.no_grad():
+            value.score.weight.copy_(reward.score.weight)
+        learning = {POLICY: adapter_module(trunk, POLICY), VALUE: adapter_module(value, VALUE)}
+    return Models(trunk, value, View(trunk), _rewards(run, reward, scorer), learning)
+
+
+def _rewards(run: Run, reward: ScalarModel, scorer: Path) -> list[Reward]:
+    """The run's own reward model, and those that the recipe adds, each with the scale of its scores."""
+    found = [Reward(reward, *_scale(run, scorer))]
+    for folder, weight in run.recipe.ppo.further_rewards:
+        found.append(Reward(run.reward_model(folder), *_scale(run, folder), weight))
+    return found
+
+
+def _scale(run: Run, folder: Path) -> tuple[float, float]:
+    extras = reward_extras(folder)
+    if run.recipe.ppo.score_stats != "heldout":
+        return 0.0, 1.0
+    if not {"score_mean", "score_std"} <= extras.keys() or not extras["score_std"] > 0:
+        raise ValueError(
+            f"{folder}: score_std = {extras.get('score_std')}, where the scores of held-out answers must differ; set "
+            'ppo.score_stats = "running" or "none", or train the reward model on more'
+        )
+    return extras["score_mean"], extras["score_std"]
