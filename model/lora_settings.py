@@ -30,6 +30,9 @@ class LoraSettings:
         require(known, "targets", self.targets, f"one or more of {', '.join(LINEARS)}; or {ALL} alone")
         require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "each name once")
 
+        plain = (self.alpha, self.targets, self.rslora) == (32.0, (ALL,), False)
+        require(self.rank > 0 or plain, "rank", self.rank, "1 or more where alpha, targets or rslora are set")
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The targets by name, in the order of a block."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bylaw.kernels import adamw as kernel
 from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.settings import OptimSettings
-from bylaw.model.sharding import gradient_norm, is_shared_out, local, sum_whole_gradients
+from bylaw.model.sharding import back_to_shards, gradient_norm, is_shared_out, local, sum_whole_gradients
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -51,30 +51,19 @@ class MasterAdamW(torch.optim.AdamW):
             grad_scale=torch.ones((), device=parameter.device) if grad_scale is None else grad_scale,
         )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of every optimiser, but the state stays float32: torch's would be rounded to the parameters' dtype."""
-        super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if key != "step":
-                    self.state[parameter][key] = value.to(parameter.device, torch.float32)
-
 
 def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over `model`'s parameters, with weight decay on matrices only.
 
     Where any of them has 16 bits, all get float32 master copies.
     """
+    back_to_shards(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.dim() >= 2]
     # What data ranks share out stands apart: torch's operations on lists take one kind of tensor.
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2 and is_shared_out(p)], "weight_decay": settings.weight_decay},
-        {
-            "params": [p for p in parameters if p.dim() >= 2 and not is_shared_out(p)],
-            "weight_decay": settings.weight_decay,
-        },
+        {"params": [p for p in matrices if not is_shared_out(p)], "weight_decay": settings.weight_decay},
+        {"params": [p for p in matrices if is_shared_out(p)], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bylaw.kernels.attention import Layout, attention, plan
 from bylaw.kernels.rope import rope
+from bylaw.kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu")
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     tokens = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
     positions = torch.arange(len(tokens)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    return Packed(tokens.to(device), positions.to(device), cu_seqlens.to(device), plan(cu_seqlens, device))
+    device = torch.device(device)
+    bounds = upload(cu_seqlens, device)
+    return Packed(upload(tokens, device), upload(positions, device), bounds, plan(cu_seqlens, device))
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

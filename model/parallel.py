@@ -30,6 +30,7 @@ class Parallel:
     control: Any = None  # gloo: NCCL has no barrier that names who is missing
     background: Any = None  # gloo, for checkpoints that are written while training goes on
     timeout: timedelta = timedelta(minutes=30)
+    shares: bool = True  # whether data ranks share out the parameters; of a model that is only sampled from they do not
 
     @property
     def alone(self) -> bool:
@@ -107,6 +108,8 @@ def parallel_program(
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
     try:
         mesh = init_device_mesh(kind, (world // tensor_ranks, tensor_ranks), mesh_dim_names=(DATA, TENSOR))
+        for axis in (DATA, TENSOR):  # a mesh gives its groups torch's own timeout
+            dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(axis))
         control, background = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         yield Parallel(
             data_rank=mesh.get_local_rank(DATA),
@@ -118,8 +121,11 @@ def parallel_program(
             background=background,
             timeout=timeout,
         )
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if kind != "cuda":  # NCCL would wait for ranks that wait for this one; torchrun ends them when this one exits
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:

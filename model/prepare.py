@@ -39,7 +39,9 @@ def prepare(model: nn.Module, recompute: Recompute = "none", compile: bool = Fal
             if recompute != "none":
                 run = partial(_recomputed, run, trunk, recompute)
             if compile:
-                run = torch.compile(run, dynamic=True, backend=backend)
+                # Dynamo counts by source line, so that blocks of all models share its limit of 8.
+                many = torch._dynamo.config.patch(recompile_limit=64)
+                run = many(torch.compile(run, dynamic=True, backend=backend))
             block.prepared = run if compile or recompute != "none" else None
 
 

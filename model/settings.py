@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -65,16 +65,25 @@ class OptimSettings:
     """How many of the newest training checkpoints stay on disk while a stage runs."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
+        require_choices(self)
+        require(0 <= self.learning_rate < math.inf, "learning_rate", self.learning_rate, "0 or more, and finite")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.beta1 < 1, "beta1", self.beta1, "at least 0 and below 1")
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "at least 0 and below 1")
-        require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(0 < self.adam_epsilon < math.inf, "adam_epsilon", self.adam_epsilon, "above 0, and finite")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
         require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "1 or more")
         require(self.save_every >= 1, "save_every", self.save_every, "1 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
+
+
+def require_choices(settings: object) -> None:
+    """Raise ValueError for a setting that is none of the words that it may be."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            choices = get_args(hint)
+            require(getattr(settings, name) in choices, name, getattr(settings, name), " or ".join(map(repr, choices)))
 
 
 def require_cache(gib: float) -> None:

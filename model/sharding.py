@@ -116,7 +116,8 @@ def shard(model: Transformer | ScalarModel, parallel: Parallel) -> None:
     check_divides(trunk, parallel)
     if parallel.tensor_ranks > 1:
         _cut(trunk, parallel)
-    _share_out(model, trunk, parallel)
+    if parallel.shares:
+        _share_out(model, trunk, parallel)
 
 
 def check_divides(trunk: Transformer, parallel: Parallel) -> None:
@@ -156,6 +157,13 @@ def _cut_linear(whole: nn.Linear, name: str, ranks: int, group: Any) -> nn.Linea
     )
     part.group = group
     return part
+
+
+def back_to_shards(model: nn.Module) -> None:
+    """A pass without a backward leaves FSDP2's root whole, and `parameters` would name tensors that nobody trains."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # pyright: ignore[reportCallIssue]
 
 
 def _share_out(model: nn.Module, trunk: Transformer, parallel: Parallel) -> None:

@@ -34,10 +34,14 @@ class Block:
         """The block as a part of the whole tensor, in torch's terms: a DTensor, or a plain tensor in one process."""
         if parallel.alone:
             return self.tensor
+        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
+        mesh, kind = parallel.mesh, self.tensor.device.type
+        if kind != mesh.device_type:  # a copy on the CPU, which DTensor would move back to the GPU
+            mesh = DeviceMesh(kind, mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)
         placements = [Replicate() if dim is None else Shard(dim) for dim in (self.by_data, self.by_tensor)]
-        return DTensor.from_local(self.tensor, parallel.mesh, placements, run_check=False)
+        return DTensor.from_local(self.tensor, mesh, placements, run_check=False)
 
     def whole(self, parallel: Parallel) -> Tensor:
         """The whole tensor, on every rank; all ranks call it together."""

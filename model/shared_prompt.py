@@ -18,6 +18,7 @@ from torch import Tensor
 from bylaw.kernels.attention import Layout, attention, plan
 from bylaw.kernels.dense_attention import hiding
 from bylaw.kernels.rope import rope
+from bylaw.kernels.upload import upload
 
 COMMON = 0  # branch of a group's common part; those of its sequences are 1, 2 ...
 
@@ -133,13 +134,15 @@ def pack_shared(
     positions = torch.tensor([n for p in pieces for n in range(p.start, p.stop)])
     first = torch.tensor([n for p in pieces for n in range(p.place + p.start, p.place + p.stop)])
     source = torch.tensor(_source(pieces))
+    device = torch.device(device)
     mix: InFull | Masked
-    if torch.device(device).type == "cpu" if masked is None else masked:
+    if device.type == "cpu" if masked is None else masked:
         branches = torch.tensor([p.branch for p in pieces for _ in range(p.start, p.stop)])
-        mix = Masked(branches.to(device), positions.to(device), _lengths(pieces))
+        mix = Masked(upload(branches, device), upload(positions, device), _lengths(pieces))
     else:
-        mix = InFull(source.to(device), first.to(device), plan(cu_seqlens, device))
-    return Shared(tokens.to(device), positions.to(device), cu_seqlens.to(device), source.to(device), mix)
+        mix = InFull(upload(source, device), upload(first, device), plan(cu_seqlens, device))
+    tokens, positions, cu_seqlens, source = (upload(x, device) for x in (tokens, positions, cu_seqlens, source))
+    return Shared(tokens, positions, cu_seqlens, source, mix)
 
 
 def _pieces(groups: Sequence[Sequence[Sequence[int]]], places: list[int]) -> list[_Piece]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bylaw.kernels.linear_loss import linear_loss
+from bylaw.kernels.upload import upload
 from bylaw.model.fit import fit
 from bylaw.model.packing import Packed, pack
 from bylaw.model.parallel import ALONE, Parallel
@@ -40,7 +41,8 @@ def supervised_loss(model: Transformer, examples: Sequence[Example]) -> Tensor:
     """Negative log-likelihood summed over the learned tokens of `examples`, in nats."""
     packed = pack([example.ids for example in examples], model.device)
     learned = torch.tensor([flag for e in examples for flag in (False, *e.learned[1:])])
-    hidden, targets = token_states(model, packed, learned.nonzero().squeeze(-1).to(model.device))
+    places = upload(learned.nonzero().squeeze(-1), model.device)
+    hidden, targets = token_states(model, packed, places)
     ones = torch.ones(len(targets), device=model.device)
     return linear_loss(hidden, model.head_weight, targets, nll=ones, ignore_index=None).loss
 

@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 from bylaw.model.optim import MasterAdamW, trained
 from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import write_atomic
+from bylaw.model.sharding import back_to_shards
 from bylaw.model.shards import Block, all_pieces, block
 
 
@@ -44,7 +46,7 @@ class Checkpoints:
     ) -> None:
         """`keep`: how many of the newest stay on disk."""
         self.folder, self.learners, self.parallel, self.keep = folder, learners, parallel, keep
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=_same_device())
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -79,12 +81,12 @@ class Checkpoints:
 
         Raises ValueError for one of other models: its tensors have other names or shapes.
         """
-        latest = self.folder / "latest.json"
-        if not latest.exists():
+        found = self.parallel.tell(_newest(self.folder) if self.parallel.first else None)  # one view of the disk
+        if found is None:
             return None
-        place = self.folder / json.loads(latest.read_text())["state"]
-        saved = json.loads((place / "progress.json").read_text())
+        place, saved = found
         for key, learner in self.learners.items():
+            back_to_shards(learner.model)
             _make_state(learner, saved["steps"].get(key, {}))
         parts = {name: part.spread(self.parallel) for name, part in self._parts()}
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -103,6 +105,7 @@ class Checkpoints:
     def _parts(self) -> Iterator[tuple[str, Block]]:
         """This rank's part of everything that is saved."""
         for key, (model, optimizer) in self.learners.items():
+            back_to_shards(model)
             moved = dict(trained(model, optimizer))
             for piece in all_pieces(model):
                 parameter = moved.get(piece.parameter)
@@ -140,6 +143,15 @@ class Checkpoints:
             shutil.rmtree(path)
 
 
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Where the newest checkpoint is, and what stands beside its tensors."""
+    latest = folder / "latest.json"
+    if not latest.exists():
+        return None
+    place = folder / json.loads(latest.read_text())["state"]
+    return place, json.loads((place / "progress.json").read_text())
+
+
 def _copied(part: Block) -> Block:
     return Block(part.tensor.to("cpu", copy=True), part.by_data, part.by_tensor)
 
@@ -159,7 +171,8 @@ def _make_state(learner: Learner, steps: Mapping[str, float]) -> None:
         if name in steps:
             dtype = torch.float32 if masters else parameter.dtype
             rooms = {kind: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for kind in names}
-            optimizer.state[parameter] = {"step": torch.tensor(steps[name]), **rooms}
+            where = "cpu" if masters else parameter.device  # torch's fused AdamW reads its steps on the device
+            optimizer.state[parameter] = {"step": torch.tensor(steps[name], device=where), **rooms}
 
 
 def _check(place: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
@@ -172,6 +185,11 @@ def _check(place: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Any]) 
                 f"{place} is a training checkpoint of other models: {name} is {there} there, and {here} here. Delete "
                 f"{place.parent} to begin anew"
             )
+
+
+def _same_device() -> Callable[[], None] | None:
+    """What gives a new thread this one's GPU, which would else be the first."""
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
 
 
 @contextmanager

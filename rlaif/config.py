@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bylaw.model.settings import OptimSettings, SamplingSettings, require, require_cache
+from bylaw.model.settings import OptimSettings, SamplingSettings, require, require_cache, require_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class LabelConfig:
     """Memory for keys and values in GiB; 0 chooses: 2 on a CPU, half of the free memory on a GPU."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(0 <= self.min_option_mass <= 1, "min_option_mass", self.min_option_mass, "from 0 to 1")
         require(self.pairs_per_chunk >= 1, "pairs_per_chunk", self.pairs_per_chunk, "1 or more")
         require_cache(self.cache_gib)
@@ -119,6 +120,10 @@ class PPOConfig(OptimSettings):
 
     adam_epsilon: float = 1e-5
     """Added to AdamW's denominator (arXiv 2403.17031)."""
+    warmup_steps: int = 0
+    """Iterations over which the learning rates rise from 0."""
+    save_every: int = 10
+    """Iterations between training checkpoints, from which a killed run goes on."""
     iterations: int = 100
     """Rollout batches, each followed by updates."""
     rollouts: int = 64
@@ -201,9 +206,12 @@ class PPOConfig(OptimSettings):
         for name in ("clip", "value_clip"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in AT_LEAST_0:
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more, and finite")
         require_cache(self.cache_gib)
-        require(self.temperature > 0, "temperature", self.temperature, "above 0 (PPO needs a distribution)")
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 (PPO needs a distribution)")
+        cap = self.importance_cap
+        require(cap == 0 or cap >= 1, "importance_cap", cap, "0 (none), or 1 and above")
+        self._check_kl()
         for name in ("gamma", "gae_lambda", "collapse_rise", "collapse_fall", "max_repetition", "max_boilerplate"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         _ = self.further_rewards
@@ -212,16 +220,25 @@ class PPOConfig(OptimSettings):
             self.minibatches <= self.rollouts, "minibatches", self.minibatches, f"at most rollouts = {self.rollouts}"
         )
 
+    def _check_kl(self) -> None:
+        if self.kl_target > 0:
+            require(self.kl_coef > 0, "kl_coef", self.kl_coef, "above 0 with kl_target, which multiplies it")
+            least = self.rollouts / 5  # below, one iteration could turn the weight's sign
+            require(self.kl_horizon > least, "kl_horizon", self.kl_horizon, f"above rollouts / 5 = {least:g}")
+
     @property
     def further_rewards(self) -> list[tuple[Path, float]]:
         """Folders and weights of `rewards`."""
         found = []
         for written in self.rewards:
-            folder, _, weight = written.partition("=")
+            folder, weight = written.rsplit("=", 1) if "=" in written else (written, "1")
             try:
-                found.append((Path(folder), float(weight or 1.0)))
-            except ValueError as error:
-                raise ValueError(f"rewards = {written!r}; allowed: FOLDER or FOLDER=WEIGHT") from error
+                number = float(weight)
+            except ValueError:
+                number = math.nan
+            allowed = "FOLDER or FOLDER=WEIGHT, a finite number that is not 0"
+            require(bool(folder) and math.isfinite(number) and number != 0, "rewards", written, allowed)
+            found.append((Path(folder), number))
         return found
 
     @property

@@ -174,6 +174,11 @@ def _check(setup: Setup) -> None:
     check_rewards(models.rewards, config)
     if config.value == "shared" and getattr(models.policy, "trunk", models.policy) is not models.value.trunk:
         raise ValueError('value = "shared", but the value head stands on a trunk of its own; allowed: the policy\'s')
+    if config.value == "separate" and models.learning is None and models.value.trunk is models.policy:
+        raise ValueError(
+            'value = "separate", but the value model stands on the policy\'s trunk; allowed: a trunk of its own, or '
+            'value = "shared"'
+        )
     require(config.rollouts >= ranks, "rollouts", config.rollouts, f"at least the number of data ranks, {ranks}")
     if not setup.prompts:
         raise ValueError("there are no prompts to draw responses to")
@@ -226,7 +231,8 @@ def _reason_to_stop(measures: Mapping[str, float], state: State, config: PPOConf
 
 
 def _advance(state: State, measures: Mapping[str, float], config: PPOConfig) -> None:
+    warming = state.step < config.critic_warmup  # the policy stands still, and its KL says nothing
     state.step += 1
-    if config.kl_target > 0:
+    if config.kl_target > 0 and not warming:
         kl = measures["objective/kl"]
         state.kl_coef = next_kl_coef(state.kl_coef, kl, config.kl_target, config.rollouts, config.kl_horizon)

@@ -15,6 +15,7 @@ from torch import Tensor
 from bylaw.kernels.linear_logprob import linear_logprob
 from bylaw.kernels.linear_loss import linear_loss
 from bylaw.kernels.philox import permutation
+from bylaw.kernels.upload import upload
 from bylaw.model.heads import ScalarModel
 from bylaw.model.packing import Packed, pack
 from bylaw.model.parallel import ALONE, Parallel
@@ -104,10 +105,8 @@ class Batch:
         ends = np.cumsum([len(r.prompt) + len(r.response) for r in rollouts])
         places = np.concatenate([np.arange(end - self.lengths[i], end) for i, end in zip(items, ends, strict=True)])
         rows = np.concatenate([np.arange(self.ends[i] - self.lengths[i], self.ends[i]) for i in items])
-        at = torch.from_numpy(places).to(self.device)
-        return Run(
-            Part(packed, at - 1), Part(packed, packed.last), packed.tokens[at], torch.from_numpy(rows).to(self.device)
-        )
+        at, rows = (upload(torch.from_numpy(x), self.device) for x in (places, rows))
+        return Run(Part(packed, at - 1), Part(packed, packed.last), packed.tokens[at], rows)
 
     def at(self, run: Run, name: str) -> Tensor:
         """A column [n] over the response tokens of `run`."""

@@ -126,8 +126,10 @@ def learn(
 
 
 def _rates(config: PPOConfig, iteration: int) -> dict[str, float]:
-    peaks = {"policy": config.learning_rate, "value": config.value_learning_rate}
-    return {name: scheduled(config, peak, iteration, config.iterations) for name, peak in peaks.items()}
+    """A policy that waits for its critic begins its schedule when it begins to learn."""
+    held = config.critic_warmup if config.value == "separate" else 0
+    policy = scheduled(config, config.learning_rate, max(0, iteration - held), max(1, config.iterations - held))
+    return {"policy": policy, "value": scheduled(config, config.value_learning_rate, iteration, config.iterations)}
 
 
 def _hold_policy(model: nn.Module) -> None:

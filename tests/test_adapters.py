@@ -76,8 +76,8 @@ def test_ppo_holds_one_trunk(out: Path, tmp_path: Path, monkeypatch: pytest.Monk
     trunks: list[Any] = []
     real = adapters._on_one_trunk
 
-    def seen(run: Any, trunk: Any, scorer: Path) -> Any:
-        models = real(run, trunk, scorer)
+    def seen(*given: Any) -> Any:
+        models = real(*given)
         parts = (models.value, models.reference, models.rewards[0].model)
         trunks.extend([models.policy, *(part.trunk for part in parts)])  # type: ignore[union-attr]
         return models
@@ -110,7 +110,7 @@ def test_refusals(tmp_path: Path) -> None:
     path.write_text(f"tensor_parallel = 2\n{plain}\n[lora]\nrank = 2\n")
     with pytest.raises(ValueError, match=r"tensor_parallel = 2 is not possible; allowed: 1 with lora.rank"):
         load_recipe(path)
-    with pytest.raises(ValueError, match=r"rewards = 'x=much'; allowed: FOLDER or FOLDER=WEIGHT"):
+    with pytest.raises(ValueError, match=r"rewards = 'x=much' is not possible; allowed: FOLDER or FOLDER=WEIGHT"):
         recipe_of(tmp_path / "other", rewards=("x=much",))
 
 
@@ -118,7 +118,7 @@ def test_a_further_reward_model_has_its_say(out: Path, tmp_path: Path) -> None:
     """A second copy of the reward model with weight 2 makes the scores three times what they are."""
     scores = {}
     for name, rewards in (("one", ()), ("two", (f"{out}/reward/reward-model=2",))):
-        recipe = replace(recipe_of(tmp_path / name, rewards=rewards, iterations=1), lora=LoraSettings())
+        recipe = recipe_of(tmp_path / name, rewards=rewards, iterations=1)
         recipe.out.mkdir()
         for stage in ("finetune", "reward"):
             (recipe.out / stage).symlink_to(out / stage)

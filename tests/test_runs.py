@@ -10,15 +10,15 @@ import pytest
 from small_run import tiny_llama, word_tokenizer
 
 from bylaw.model.checkpoint import save_model
+from bylaw.recipe import as_table
 from bylaw.rlaif.config import PPOConfig
 from bylaw.runs import Stage, check_terms, run_stage
 
 
 def stage(folder: Path, inputs: dict[str, str] | None = None, seed: int = 1, **settings: Any) -> Stage:
     inputs = {"prompts": "abc"} if inputs is None else inputs
-    return Stage(
-        name="ppo", folder=folder / "ppo", inputs=inputs, config=PPOConfig(**settings), seed=seed, device="cpu"
-    )
+    config = as_table(PPOConfig(**settings))
+    return Stage(name="ppo", folder=folder / "ppo", inputs=inputs, config=config, seed=seed, device="cpu")
 
 
 def write_text(folder: Path) -> dict[str, Any]:

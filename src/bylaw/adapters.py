@@ -56,8 +56,34 @@ def _write(run: Run, model: Transformer | ScalarModel, start: Path, folder: Path
         model.adapter = None
 
 
+Scales = list[tuple[float, float]]
+"""Mean and deviation of each reward model's scores."""
+
+
+def reward_scales(run: Run, scorer: Path) -> Scales:
+    """Of the run's own reward model, and of those that the recipe adds.
+
+    Raises ValueError for one whose scores cannot be divided by their deviation, where the recipe wants that.
+    """
+    config = run.recipe.ppo
+    folders = [scorer, *(folder for folder, _ in config.further_rewards)]
+    return [_scale(folder) if config.score_stats == "heldout" else (0.0, 1.0) for folder in folders]
+
+
+def _scale(folder: Path) -> tuple[float, float]:
+    extras = reward_extras(folder)
+    if not {"score_mean", "score_std"} <= extras.keys() or not extras["score_std"] > 0:
+        raise ValueError(
+            f"{folder}: score_std = {extras.get('score_std')}, where the scores of held-out answers must differ; set "
+            'ppo.score_stats = "running" or "none", or train the reward model on more'
+        )
+    return extras["score_mean"], extras["score_std"]
+
+
 @contextmanager
-def ppo_models(run: Run, start: Path, scorer: Path, folder: Path) -> Iterator[tuple[Transformer, Models]]:
+def ppo_models(
+    run: Run, start: Path, scorer: Path, scales: Scales, folder: Path
+) -> Iterator[tuple[Transformer, Models]]:
     """The policy of PPO, which in the end is a plain model, and all its models.
 
     Each is a model of its own or, with [lora], policy, value, reference and reward are all the trunk of `start`, and
@@ -65,23 +91,23 @@ def ppo_models(run: Run, start: Path, scorer: Path, folder: Path) -> Iterator[tu
     """
     if not run.recipe.lora.rank:
         policy = run.model(start)
-        yield policy, _on_their_own(run, policy, start, scorer)
+        yield policy, _on_their_own(run, policy, start, scorer, scales)
         return
     trunk = run.model(start)
-    models = _on_one_trunk(run, trunk, scorer)
+    models = _on_one_trunk(run, trunk, scorer, scales)
     with use_adapter(trunk, POLICY):
         yield trunk, models
     _write(run, trunk, start, folder)
 
 
-def _on_their_own(run: Run, policy: Transformer, start: Path, scorer: Path) -> Models:
+def _on_their_own(run: Run, policy: Transformer, start: Path, scorer: Path, scales: Scales) -> Models:
     reference = run.model(start)
     shared = run.recipe.ppo.value == "shared"
-    value = shared_value(policy) if shared else run.reward_model(scorer)
-    return Models(policy, value, reference, _rewards(run, run.reward_model(scorer), scorer))
+    value = shared_value(policy) if shared else _in_units(run.reward_model(scorer), scales)
+    return Models(policy, value, reference, _rewards(run, run.reward_model(scorer), scales))
 
 
-def _on_one_trunk(run: Run, trunk: Transformer, scorer: Path) -> Models:
+def _on_one_trunk(run: Run, trunk: Transformer, scorer: Path, scales: Scales) -> Models:
     """The reference is the trunk with its adapters off."""
     seed = run.recipe.seed
     add_adapter(trunk, POLICY, run.recipe.lora, seed, freeze_base=True)
@@ -97,25 +123,19 @@ def _on_one_trunk(run: Run, trunk: Transformer, scorer: Path) -> Models:
         value = ScalarModel(trunk, VALUE).to(trunk.device)
         with torch.no_grad():
             value.score.weight.copy_(reward.score.weight)
+        _in_units(value, scales)
         learning = {POLICY: adapter_module(trunk, POLICY), VALUE: adapter_module(value, VALUE)}
-    return Models(trunk, value, View(trunk), _rewards(run, reward, scorer), learning)
+    return Models(trunk, value, View(trunk), _rewards(run, reward, scales), learning)
 
 
-def _rewards(run: Run, reward: ScalarModel, scorer: Path) -> list[Reward]:
-    """The run's own reward model, and those that the recipe adds, each with the scale of its scores."""
-    found = [Reward(reward, *_scale(run, scorer))]
-    for folder, weight in run.recipe.ppo.further_rewards:
-        found.append(Reward(run.reward_model(folder), *_scale(run, folder), weight))
-    return found
+def _rewards(run: Run, reward: ScalarModel, scales: Scales) -> list[Reward]:
+    further = [(run.reward_model(folder), weight) for folder, weight in run.recipe.ppo.further_rewards]
+    weighed = [(reward, 1.0), *further]
+    return [Reward(model, *scale, weight) for (model, weight), scale in zip(weighed, scales, strict=True)]
 
 
-def _scale(run: Run, folder: Path) -> tuple[float, float]:
-    extras = reward_extras(folder)
-    if run.recipe.ppo.score_stats != "heldout":
-        return 0.0, 1.0
-    if not {"score_mean", "score_std"} <= extras.keys() or not extras["score_std"] > 0:
-        raise ValueError(
-            f"{folder}: score_std = {extras.get('score_std')}, where the scores of held-out answers must differ; set "
-            'ppo.score_stats = "running" or "none", or train the reward model on more'
-        )
-    return extras["score_mean"], extras["score_std"]
+@torch.no_grad()
+def _in_units(value: ScalarModel, scales: Scales) -> ScalarModel:
+    """A value model that begins as the reward model says scores as PPO has them: divided by their deviation."""
+    value.score.weight.div_(scales[0][1])
+    return value

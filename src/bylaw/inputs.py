@@ -1,8 +1,7 @@
 """A recipe with what it names: constitution, tokenizer, prompts, checkpoints, and the folders of its stages."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from bylaw.model.sampler import Sampler
 from bylaw.model.settings import SamplingSettings
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
-from bylaw.recipe import Recipe
+from bylaw.recipe import TRAINING, Recipe, as_table
 from bylaw.runs import Stage, run_stage
 from bylaw.together import by_first
 
@@ -65,16 +64,25 @@ class Run:
             seen.add(prompt.id)
         return both
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None leaves it to the device."""
+        return None if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
+
+    def hash(self, folder: Path) -> str:
+        """`checkpoint_hash`, which the first rank takes for all."""
+        return by_first(self.parallel, lambda: checkpoint_hash(folder))
+
     def model(self, folder: Path) -> Transformer:
         """A model that is trained: all ranks share it out."""
-        return load_model(folder, self.device, torch.float32, self.parallel)
+        return load_model(folder, self.device, self.dtype, self.parallel)
 
     def reward_model(self, folder: Path) -> ScalarModel:
-        return load_reward(folder, self.device, torch.float32, self.parallel)[0]
+        return load_reward(folder, self.device, self.dtype, self.parallel)[0]
 
     def sampled_model(self, folder: Path) -> Transformer:
         """A model that is only sampled from: each data rank has all of it, and works at its own pace."""
-        return load_model(folder, self.device, torch.float32, self._tensor_group)
+        return load_model(folder, self.device, self.dtype, self._tensor_group)
 
     @cached_property
     def _tensor_group(self) -> Parallel:
@@ -86,7 +94,7 @@ class Run:
 
         kind, shape = torch.device(self.device).type, (here.data_ranks, 1, here.tensor_ranks)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("copy", DATA, TENSOR))
-        return replace(here, data_rank=0, data_ranks=1, mesh=mesh[DATA, TENSOR])
+        return replace(here, data_rank=0, data_ranks=1, mesh=mesh[DATA, TENSOR], shares=False)
 
     def engine(self, model: Transformer, cache_gib: float, max_rows: int = 64) -> Engine:
         """`cache_gib` as in a recipe, where 0 leaves the choice to the engine."""
@@ -102,11 +110,15 @@ class Run:
 
     def sampler(self, model: Transformer, folder: Path, settings: SamplingSettings) -> Sampler:
         engine = self.engine(model, settings.cache_gib, settings.max_rows)
-        return Sampler(engine=engine, settings=settings, seed=self.recipe.seed, model_hash=checkpoint_hash(folder))
+        return Sampler(engine=engine, settings=settings, seed=self.recipe.seed, model_hash=self.hash(folder))
 
     def terms(self, name: str, inputs: dict[str, str]) -> Stage:
         recipe = self.recipe
-        config, folder = getattr(recipe, name), recipe.out / name
+        config, folder = as_table(getattr(recipe, name)), recipe.out / name
+        if recipe.lora.rank and name in TRAINING:
+            config["lora"] = as_table(recipe.lora)
+        if recipe.dtype != "auto":
+            config["dtype"] = recipe.dtype
         return Stage(name=name, folder=folder, inputs=inputs, config=config, seed=recipe.seed, device=self.device)
 
     def stage(self, name: str, inputs: dict[str, str], work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -124,12 +136,6 @@ class Run:
 
         by_first(self.parallel, check)
         return path
-
-    @property
-    def lora_inputs(self) -> dict[str, str]:
-        """What decides a training stage's output beside its own settings, if it trains an adapter."""
-        lora = self.recipe.lora
-        return {"lora": json.dumps(asdict(lora))} if lora.rank else {}
 
     @property
     def prompt_inputs(self) -> dict[str, str]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from bylaw.adapters import FOLDER, adapted, ppo_models
+from bylaw.adapters import FOLDER, adapted, ppo_models, reward_scales
 from bylaw.inputs import Run, device_of
-from bylaw.model.checkpoint import checkpoint_hash, load_scalar, save_model, save_reward
+from bylaw.model.checkpoint import load_scalar, save_model, save_reward
 from bylaw.model.engine import Engine
 from bylaw.model.engine.stats import Stats
 from bylaw.model.parallel import parallel_program
@@ -65,7 +65,7 @@ def _begin(run: Run, stages: Sequence[str]) -> None:
 
 def run_revise(run: Run) -> dict[str, Any]:
     recipe = run.recipe
-    inputs = {"base": checkpoint_hash(recipe.base), "constitution": run.constitution.hash, **run.prompt_inputs}
+    inputs = {"base": run.hash(recipe.base), "constitution": run.constitution.hash, **run.prompt_inputs}
 
     def work(folder: Path) -> dict[str, Any]:
         sampler = run.sampler(run.sampled_model(recipe.base), recipe.base, recipe.revise)
@@ -79,8 +79,7 @@ def run_revise(run: Run) -> dict[str, Any]:
 
 def run_finetune(run: Run) -> dict[str, Any]:
     chains, helpful = run.path("revise", "chains.jsonl"), run.path("revise", "helpful.jsonl")
-    inputs = {"base": checkpoint_hash(run.recipe.base), "chains": sha256_file(chains), "helpful": sha256_file(helpful)}
-    inputs |= run.lora_inputs
+    inputs = {"base": run.hash(run.recipe.base), "chains": sha256_file(chains), "helpful": sha256_file(helpful)}
 
     def work(folder: Path) -> dict[str, Any]:
         model = run.model(run.recipe.base)
@@ -106,7 +105,7 @@ def run_finetune(run: Run) -> dict[str, Any]:
 
 def run_compare(run: Run) -> dict[str, Any]:
     model_folder = run.path("finetune", "sl-cai")
-    inputs = {"sl-cai": checkpoint_hash(model_folder), **run.prompt_inputs}
+    inputs = {"sl-cai": run.hash(model_folder), **run.prompt_inputs}
 
     def work(folder: Path) -> dict[str, Any]:
         config = run.recipe.compare
@@ -121,7 +120,7 @@ def run_label(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     pairs = run.path("compare", "pairs.jsonl")
     judge_folder = recipe.base if recipe.judge == "base" else run.path("finetune", "sl-cai")
-    judge_hash = checkpoint_hash(judge_folder)
+    judge_hash = run.hash(judge_folder)
     inputs = {"judge": judge_hash, "constitution": run.constitution.hash, "pairs": sha256_file(pairs)}
 
     def work(folder: Path) -> dict[str, Any]:
@@ -138,12 +137,12 @@ def run_label(run: Run) -> dict[str, Any]:
 def run_reward(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
-    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start), **run.lora_inputs}
+    inputs = {"preferences": sha256_file(preferences), "sl-cai": run.hash(start)}
 
     def work(folder: Path) -> dict[str, Any]:
         fraction = recipe.reward.heldout_fraction
         train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
-        model = load_scalar(start, recipe.seed, run.device, torch.float32, run.parallel)
+        model = load_scalar(start, recipe.seed, run.device, run.dtype, run.parallel)
         with adapted(run, model, start, folder):
             measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
         extras = {name: measures[name] for name in ("score_mean", "score_std")}
@@ -157,13 +156,14 @@ def run_reward(run: Run) -> dict[str, Any]:
 def run_ppo(run: Run) -> dict[str, Any]:
     config = run.recipe.ppo
     start, scorer = run.path("finetune", "sl-cai"), run.path("reward", "reward-model")
-    inputs = {"sl-cai": checkpoint_hash(start), "reward-model": checkpoint_hash(scorer), **run.prompt_inputs}
-    inputs |= {f"reward {folder}": checkpoint_hash(folder) for folder, _ in config.further_rewards}
+    inputs = {"sl-cai": run.hash(start), "reward-model": run.hash(scorer), **run.prompt_inputs}
+    inputs |= {f"reward {folder}": run.hash(folder) for folder, _ in config.further_rewards}
     if run.recipe.lora.rank:
-        inputs |= run.lora_inputs | {"adapter": folder_hash(run.path("reward", FOLDER))}
+        inputs["adapter"] = folder_hash(run.path("reward", FOLDER))
+    scales = reward_scales(run, scorer)
 
     def work(folder: Path) -> dict[str, Any]:
-        with ppo_models(run, start, scorer, folder) as (policy, models):
+        with ppo_models(run, start, scorer, scales, folder) as (policy, models):
             engine = run.engine(policy, config.cache_gib, config.max_rows)
             show = _rollout_shower(run, folder / "samples.jsonl", config.iterations)
             counts = ppo(models, engine, run.rl_prompts, folder, config, run.recipe.seed, show, run.parallel)
@@ -177,7 +177,7 @@ def run_ppo(run: Run) -> dict[str, Any]:
 def run_dpo(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
-    inputs = {"preferences": sha256_file(preferences), "sl-cai": checkpoint_hash(start), **run.lora_inputs}
+    inputs = {"preferences": sha256_file(preferences), "sl-cai": run.hash(start)}
 
     def work(folder: Path) -> dict[str, Any]:
         fraction = recipe.dpo.heldout_fraction

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from bylaw.inputs import Run
-from bylaw.model.checkpoint import check_model, check_tokenizer
+from bylaw.model.checkpoint import check_model, check_tokenizer, reward_extras
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine
 from bylaw.model.sampler import Sampler, turn
-from bylaw.model.settings import SamplingSettings
+from bylaw.model.settings import SamplingSettings, require
 from bylaw.model.sharding import check_divides
+from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 from bylaw.recipe import EVERY_STAGE
 from bylaw.rlaif.label import OPTIONS
@@ -144,7 +145,18 @@ def _check_heldout(inputs: _Inputs, stage: str, fraction: float) -> None:
 
 
 def _check_ppo(inputs: _Inputs) -> None:
-    inputs.sampler.check_lengths([inputs.any], inputs.run.recipe.ppo.max_tokens)
+    run, config = inputs.run, inputs.run.recipe.ppo
+    inputs.sampler.check_lengths([inputs.any], config.max_tokens)
+    ranks = run.parallel.data_ranks
+    require(config.rollouts >= ranks, "ppo.rollouts", config.rollouts, f"at least the data ranks, {ranks}")
+    warmup, steps = config.critic_warmup, config.iterations
+    require(warmup < steps, "ppo.critic_warmup", warmup, f"below ppo.iterations = {steps}, or no policy is trained")
+    for folder, _ in config.further_rewards:
+        reward_extras(folder)
+        if Tokenizer.load(folder).backend.to_str() != run.tokenizer.backend.to_str():
+            raise ValueError(
+                f"ppo.rewards: {folder} has another tokenizer than {run.recipe.base}, whose ids it would score"
+            )
 
 
 _CHECKS: dict[str, Callable[[_Inputs], None]] = {

@@ -17,6 +17,7 @@ from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
 Schema = TypeVar("Schema")
 STAGES = ("revise", "finetune", "compare", "label", "reward", "ppo")
 """In the order in which each needs what those before it made."""
+TRAINING = ("finetune", "reward", "ppo", "dpo")
 EVERY_STAGE = (*STAGES, "dpo")
 """With the other last stage, which needs no reward model."""
 
@@ -41,6 +42,8 @@ class Recipe:
     """Draws everything."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one. Of torchrun's processes each takes a GPU of its own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights: float32 on a CPU; on a GPU bfloat16, trained with float32 masters. bfloat16 is slow on a CPU."""
     tensor_parallel: int = 1
     """Of torchrun's processes, how many share out each matrix; the others share out the data."""
     timeout_minutes: float = 30.0

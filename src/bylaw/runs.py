@@ -14,7 +14,6 @@ from typing import Any
 from bylaw.model.checkpoint import checkpoint_hash
 from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import sha256_file, write_atomic
-from bylaw.recipe import as_table
 from bylaw.together import by_first
 
 BEGUN, MANIFEST, STATE = "begun.json", "manifest.json", "state"
@@ -29,14 +28,14 @@ class Stage:
     name: str
     folder: Path
     inputs: Mapping[str, str]
-    config: Any
+    config: Mapping[str, Any]
     seed: int
     device: str
 
     @property
     def terms(self) -> dict[str, Any]:
         """What decides the stage's output. Another folder with the same terms holds the same files."""
-        return {"stage": self.name, "inputs": dict(self.inputs), "config": as_table(self.config), "seed": self.seed}
+        return {"stage": self.name, "inputs": dict(self.inputs), "config": dict(self.config), "seed": self.seed}
 
 
 def run_stage(stage: Stage, work: Callable[[Path], dict[str, Any]], parallel: Parallel = ALONE) -> dict[str, Any]:

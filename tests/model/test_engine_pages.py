@@ -208,7 +208,8 @@ def test_a_graph_is_of_one_adapter(graphs: bool, pages: None) -> None:
     engine, captures = paged(model, 4)
     if graphs:
         captures = Frozen()
-        engine.memory.decoder = GraphDecoder(model, engine.memory.store, 4, lambda: captures)
+        store: Any = engine.memory.store
+        engine.memory.decoder = GraphDecoder(model, store, 4, lambda: captures)
     for name in ("policy", "value", None, "policy", "value", None):
         with use_adapter(model, name):
             assert_same(engine.generate(requests), on_slabs(model).generate(requests))
