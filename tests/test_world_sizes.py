@@ -28,7 +28,8 @@ from bylaw.model.parallel import Parallel, parallel_program
 from bylaw.model.records import read_records
 from bylaw.model.supervised import Example, train_supervised
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.rlaif.config import PPOConfig, RewardConfig
+from bylaw.rlaif.config import DPOConfig, PPOConfig, RewardConfig
+from bylaw.rlaif.dpo import train_dpo
 from bylaw.rlaif.pairs import Pair
 from bylaw.rlaif.ppo import Models, ppo, shared_value
 from bylaw.rlaif.ppo_scores import Reward
@@ -67,6 +68,14 @@ def reward(folder: Path, parallel: Parallel) -> None:
     save_reward(model, folder / "model", extras=measures, parallel=parallel)
 
 
+def dpo(folder: Path, parallel: Parallel) -> None:
+    model = load_model(SHIPPED, parallel=parallel)
+    asked = [Pair(one.a[:4] + one.a, one.a[:4] + one.b, one.p_a, prompt=4) for one in pairs()]
+    config = DPOConfig(micro_batch_tokens=250, batch_size=2, **OPTIM)
+    train_dpo(model, asked, asked[:5], folder, config, 1, parallel)
+    save_model(model, folder / "model", parallel=parallel)
+
+
 def rl(value: Any) -> Callable[[Path, Parallel], None]:
     def train(folder: Path, parallel: Parallel) -> None:
         policy, reference = (load_model(SHIPPED, parallel=parallel) for _ in range(2))
@@ -86,6 +95,7 @@ def rl(value: Any) -> Callable[[Path, Parallel], None]:
 TRAINERS: dict[str, Callable[[Path, Parallel], None]] = {
     "sft": sft,
     "reward": reward,
+    "dpo": dpo,
     "ppo": rl("separate"),
     "ppo shared": rl("shared"),
 }
@@ -131,6 +141,7 @@ def curve(folder: Path, names: tuple[str, ...]) -> torch.Tensor:
 NAMES = {
     "sft": ("loss", "grad_norm"),
     "reward": ("loss", "accuracy", "grad_norm"),
+    "dpo": ("loss", "rewards/accuracies"),  # the others are differences of sums of hundreds of nats
     "ppo": ("loss/policy", "loss/value", "objective/kl", "objective/scores"),
 }
 

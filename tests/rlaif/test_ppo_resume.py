@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_task import SEED, MakeTask, copied, same, untimed
+from ppo_task import SEED, TIMES, MakeTask, copied, same, untimed
 
 import bylaw.rlaif.ppo
 import bylaw.rlaif.ppo_update
@@ -160,9 +160,31 @@ def test_a_run_that_stopped_stops_again_in_the_same_place(make_task: MakeTask, t
     assert task.counts["iterations"] == len(lines) - 1 > 0 and "above kl_budget" in task.counts["stopped"]
     assert (tmp_path / "state" / "latest.json").exists()
     again.run(tmp_path, **settings)
-    timeless = [{k: v for k, v in one.counts.items() if "/s" not in k and "time" not in k} for one in (task, again)]
+    timeless = [{k: v for k, v in one.counts.items() if k not in TIMES} for one in (task, again)]
     assert timeless[0] == timeless[1]
     assert same(again.models.policy, copied(task.models.policy))
+
+
+def test_settings_of_the_loop_do_what_they_say(make_task: MakeTask, tmp_path: Path) -> None:
+    task = make_task()
+    lines = task.run(
+        tmp_path, iterations=3, schedule="linear", learning_rate=3e-3, save_every=1, keep_checkpoints=2,
+        activation_checkpointing="full", critic_warmup=0,
+    )  # fmt: skip
+    assert [line["lr"] for line in lines] == pytest.approx([3e-3, 2e-3, 1e-3])
+    assert len(list((tmp_path / "state").glob("step-*"))) == 2
+    policy: Any = task.models.policy
+    assert policy.blocks[0].prepared is not None
+
+
+def test_a_policy_that_waits_for_its_critic_begins_its_schedule_then(make_task: MakeTask, tmp_path: Path) -> None:
+    lines = make_task().run(
+        tmp_path, iterations=4, schedule="linear", learning_rate=4e-3, critic_warmup=2, warmup_steps=0, kl_target=0.1,
+        kl_horizon=1000,
+    )  # fmt: skip
+    assert [line["lr"] for line in lines][2:] == pytest.approx([4e-3, 2e-3])
+    weights = [line["objective/kl_coef"] for line in lines]
+    assert weights[0] == weights[1] == weights[2], "a KL of 0 by waiting moves no weight"
 
 
 def test_rollouts_of_other_weights_are_taken_and_said(
