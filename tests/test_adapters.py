@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from small_run import write_run
 
 from bylaw import adapters
+from bylaw.inputs import Run
 from bylaw.model.checkpoint import load_model, load_reward
 from bylaw.model.heads import ScalarModel
 from bylaw.model.lora import merge
 from bylaw.model.lora_settings import LoraSettings
+from bylaw.model.packing import pack
 from bylaw.model.peft_format import load_adapter
 from bylaw.model.records import read_records
 from bylaw.pipeline import run_pipeline
@@ -127,3 +129,19 @@ def test_a_further_reward_model_has_its_say(out: Path, tmp_path: Path) -> None:
         assert load_file(recipe.out / "ppo" / "rl-cai" / "model.safetensors")
     penalty = load_recipe(tmp_path / "one" / "recipe.toml").ppo.missing_eos_penalty
     assert penalty == 0 or scores["one"] != scores["two"]
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(), LORA])
+def test_a_separate_value_model_begins_as_the_reward_model_in_the_units_of_scores(
+    out: Path, tmp_path: Path, lora: LoraSettings
+) -> None:
+    run = Run(replace(recipe_of(tmp_path, value="separate"), lora=lora))
+    start, scorer = out / "finetune" / "sl-cai", out / "reward" / "reward-model"
+    scales = adapters.reward_scales(run, scorer)
+    whole, extras = load_reward(scorer)
+    assert scales == [(extras["score_mean"], extras["score_std"])]
+    packed = pack([[1, 2, 3], [4, 5]])
+    with adapters.ppo_models(run, start, scorer, scales, tmp_path) as (_, models), torch.no_grad():
+        expected = whole(packed) / extras["score_std"]
+        torch.testing.assert_close(models.value(packed), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(models.rewards[0].model(packed), whole(packed), atol=1e-5, rtol=1e-4)
