@@ -1,8 +1,11 @@
 """GAE against hand-worked numbers, a plain double loop and the telescoped form."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bylaw.kernels.gae import check_cu_seqlens, gae
 
@@ -100,3 +103,21 @@ def test_bad_input_is_refused() -> None:
 def test_offsets_that_do_not_fit_are_refused(broken: list[int]) -> None:
     with pytest.raises(ValueError, match="offsets that rise from 0 to 3 tokens"):
         check_cu_seqlens(torch.tensor(broken, dtype=torch.long), 3)
+
+
+def test_nothing_is_read_token_by_token() -> None:
+    """How often a number goes to Python does not grow with the tokens."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero")
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for lengths in ((3, 2), (300, 200)):
+        with Reads() as reads:
+            gae(*random_episodes(*lengths), 0.9, 0.8)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
