@@ -20,7 +20,7 @@ from bylaw.model.heads import ScalarModel, fresh_head
 from bylaw.model.hf_config import Head, config_from_hf, config_to_hf
 from bylaw.model.lora import require_merged
 from bylaw.model.parallel import ALONE, Parallel
-from bylaw.model.records import sha256_file
+from bylaw.model.records import read_object, sha256_file
 from bylaw.model.rotary import inverse_frequencies
 from bylaw.model.sharding import shard
 from bylaw.model.shards import fill
@@ -268,12 +268,7 @@ def _read_config(folder: Path, head: Head, other: str) -> tuple[dict[str, Any], 
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has one")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: a JSON {type(fields).__name__}; allowed: one object")
+    fields = read_object(path)
     config = config_from_hf(fields, str(path))
     names = fields.get("architectures") or ["ForCausalLM"]
     if not names[0].endswith(head):

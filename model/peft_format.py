@@ -19,6 +19,7 @@ from bylaw.model.heads import ScalarModel
 from bylaw.model.lora import adapted_parts, adapter_settings, add_adapter
 from bylaw.model.lora_settings import LINEARS, LoraSettings
 from bylaw.model.parallel import ALONE, Parallel
+from bylaw.model.records import read_object
 from bylaw.model.transformer import Transformer
 from bylaw.model.weight_io import read_weights
 from bylaw.model.weights import Piece, check_weights
@@ -138,13 +139,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; an adapter's folder has one (it is read from a local folder)")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: a JSON {type(fields).__name__}; allowed: one object")
-    return fields
+    return read_object(path)
 
 
 def _check_fields(fields: Mapping[str, Any], path: Path, classifier: bool) -> None:

@@ -86,6 +86,17 @@ def read_records(path: str | Path) -> list[Record]:
     return [decode_record(line, f"{path}:{number}") for number, line in numbered_lines(path)]
 
 
+def read_object(path: Path) -> Record:
+    """The JSON object in a small file, as config.json is. Raises ValueError naming the file for anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: a JSON {type(fields).__name__}; allowed: one object")
+    return fields
+
+
 def repair(path: str | Path) -> int:
     """Cut the torn last line that a killed writer left, and return how many whole records stand in the file.
 

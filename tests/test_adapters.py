@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_run import write_run
 
 from bylaw import adapters
@@ -120,15 +119,13 @@ def test_a_further_reward_model_has_its_say(out: Path, tmp_path: Path) -> None:
     """A second copy of the reward model with weight 2 makes the scores three times what they are."""
     scores = {}
     for name, rewards in (("one", ()), ("two", (f"{out}/reward/reward-model=2",))):
-        recipe = recipe_of(tmp_path / name, rewards=rewards, iterations=1)
+        recipe = recipe_of(tmp_path / name, rewards=rewards, iterations=1, missing_eos_penalty=0.0)
         recipe.out.mkdir()
         for stage in ("finetune", "reward"):
             (recipe.out / stage).symlink_to(out / stage)
         run_pipeline(recipe, ("ppo",))
         scores[name] = read_records(recipe.out / "ppo" / "metrics.jsonl")[0]["objective/scores"]
-        assert load_file(recipe.out / "ppo" / "rl-cai" / "model.safetensors")
-    penalty = load_recipe(tmp_path / "one" / "recipe.toml").ppo.missing_eos_penalty
-    assert penalty == 0 or scores["one"] != scores["two"]
+    assert scores["one"] != 0 and scores["two"] == pytest.approx(3 * scores["one"], rel=1e-4)
 
 
 @pytest.mark.parametrize("lora", [LoraSettings(), LORA])
