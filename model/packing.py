@@ -1,6 +1,7 @@
 """The packed stream: sequences laid end to end, no padding (design: a batch is tokens, positions and cu_seqlens)."""
 
 import bisect
+import dataclasses
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +22,11 @@ class Packed:
     positions: Tensor  # [T] int64, from 0 within each sequence
     cu_seqlens: Tensor  # [B + 1] int64, where each sequence starts, and T
     layout: Layout  # of the same sequences, for attention
+    wanted: Tensor | None = None  # places whose hidden states are asked for; None: all
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
         """Rotate q and k, and attend causally within each sequence; the layer's number matters only to a cache."""
         return attention(*rope(q, k, *rotary), v, self.layout, window)
-
-    @property
-    def wanted(self) -> None:
-        """All hidden states."""
 
     @property
     def trains(self) -> bool:
@@ -39,6 +37,12 @@ class Packed:
     def last(self) -> Tensor:
         """Places [B] of each sequence's last token in the stream."""
         return self.cu_seqlens[1:] - 1
+
+    def asking(self, wanted: Tensor) -> "Packed":
+        """This stream, of which only the hidden states at the places `wanted` are asked for: in its last block, behind
+        attention, a model then works on no others.
+        """
+        return dataclasses.replace(self, wanted=wanted)
 
 
 def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:

@@ -32,9 +32,9 @@ class Example:
 def token_states(model: Transformer, packed: Packed, places: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden states [n, H] that the tokens at `places` [n] of the stream are chosen from, and those tokens [n].
 
-    The head then runs on those alone.
+    The head then runs on those alone, and so does the last block behind attention.
     """
-    return model(packed).index_select(0, places - 1), packed.tokens[places]
+    return model(packed.asking(places - 1)), packed.tokens[places]
 
 
 def supervised_loss(model: Transformer, examples: Sequence[Example]) -> Tensor:

@@ -4,7 +4,6 @@ A micro-batch is packed once; policy, reference, value and reward models all rea
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -36,35 +35,11 @@ class Policy(Protocol):
     def device(self) -> torch.device: ...
 
 
-@dataclass(frozen=True)
-class Part:
-    """A packed stream of which only some hidden states are wanted: in its last block, a model works on no others."""
-
-    packed: Packed
-    wanted: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.packed.tokens
-
-    @property
-    def positions(self) -> Tensor:
-        return self.packed.positions
-
-    @property
-    def trains(self) -> bool:
-        return self.packed.trains
-
-    @property
-    def attend(self) -> Any:
-        return self.packed.attend
-
-
 class Run(NamedTuple):
     """Some episodes, packed. n counts their response tokens."""
 
-    before: Part  # wants the state [n] that each response token is chosen in, which ends one token before it
-    last: Part  # wants the last token of each episode
+    before: Packed  # wants the state [n] that each response token is chosen in, which ends one token before it
+    last: Packed  # wants the last token of each episode
     targets: Tensor  # [n], the response tokens
     rows: Tensor  # [n], where they stand in the batch's columns
 
@@ -106,7 +81,7 @@ class Batch:
         places = np.concatenate([np.arange(end - self.lengths[i], end) for i, end in zip(items, ends, strict=True)])
         rows = np.concatenate([np.arange(self.ends[i] - self.lengths[i], self.ends[i]) for i in items])
         at, rows = (upload(torch.from_numpy(x), self.device) for x in (places, rows))
-        return Run(Part(packed, at - 1), Part(packed, packed.last), packed.tokens[at], rows)
+        return Run(packed.asking(at - 1), packed.asking(packed.last), packed.tokens[at], rows)
 
     def at(self, run: Run, name: str) -> Tensor:
         """A column [n] over the response tokens of `run`."""

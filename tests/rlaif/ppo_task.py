@@ -15,7 +15,6 @@ from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 from bylaw.rlaif.config import PPOConfig
 from bylaw.rlaif.ppo import Models, ppo, shared_value
-from bylaw.rlaif.ppo_batch import Part
 from bylaw.rlaif.ppo_scores import Reward
 
 SEED = 4
@@ -28,8 +27,8 @@ class Likes(ScalarModel):
 
     token: int
 
-    def forward(self, packed: Part) -> Tensor:
-        pieces = packed.tokens.tensor_split(packed.packed.cu_seqlens[1:-1])
+    def forward(self, packed: Any) -> Tensor:
+        pieces = packed.tokens.tensor_split(packed.cu_seqlens[1:-1])
         return torch.tensor([float((piece == self.token).any()) for piece in pieces])
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from bylaw.model.step import micro_batches
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 from bylaw.rlaif.config import PPOConfig
-from bylaw.rlaif.ppo_batch import Batch, Minibatch, Part, fill_columns
+from bylaw.rlaif.ppo_batch import Batch, Minibatch, fill_columns
 from bylaw.rlaif.ppo_scores import Moments, Reward, check_rewards, score_rollouts, set_scores
 from bylaw.rlaif.rollout import Rollout, sample_rollouts
 
@@ -116,7 +117,7 @@ def test_every_log_prob_is_taken_at_the_sampling_temperature(
 class Place(ScalarModel):
     """Scores each token by its place in its own text."""
 
-    def forward(self, packed: Part) -> torch.Tensor:
+    def forward(self, packed: Any) -> torch.Tensor:
         return packed.positions[packed.wanted].float()
 
 
@@ -155,7 +156,7 @@ def test_a_stream_is_packed_once(make_model: MakeModel) -> None:
     policy = make_model()
     fill_columns(batch, plan, policy, policy, scalar_model(policy, SEED), PPOConfig())
     assert micro_batch.items == [0, 1] and batch.run((1, 0)) is run and len(batch._runs) == 1
-    assert run.before.packed is run.last.packed
+    assert run.before.layout is run.last.layout
 
 
 def scored(
@@ -193,7 +194,7 @@ def test_a_score_of_a_real_reward_model_is_that_of_the_text_alone(
 class Length(Place):
     """Likes short texts."""
 
-    def forward(self, packed: Part) -> torch.Tensor:
+    def forward(self, packed: Any) -> torch.Tensor:
         return -10 * super().forward(packed)
 
 
