@@ -27,6 +27,7 @@ from bylaw.model.data import read_prompts
 from bylaw.model.records import read_records
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.recipe import STAGES, Recipe, load_recipe
+from bylaw.sums import SUMS
 
 CONTEXT, VOCABULARY, MAX_PROMPT_TOKENS = 1024, 4096, 256
 TIMES = ("seconds", "finished", "resumed", "engine", "tokens_per_second", "eps/s", "tok/s")
@@ -262,8 +263,8 @@ def check_checkpoints(out: Path) -> None:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """What each file of a run's folder holds, but for times and the folder's own path."""
-    files = sorted(path for path in out.rglob("*") if path.is_file())
+    """What each file of a run's folder holds, but for times and the folder's own path, and the sums, which see both."""
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != SUMS)
     return {str(path.relative_to(out)): _untimed(path, out.parent) for path in files}
 
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bylaw.constitution.render import COMPARISON_PLACEHOLDERS, PRINCIPLE_PLACEHOLDERS, placeholders
+from bylaw.constitution.render import (
+    COMPARISON_PLACEHOLDERS,
+    PRINCIPLE_PLACEHOLDERS,
+    RATING_PLACEHOLDERS,
+    placeholders,
+)
 from bylaw.constitution.schema import STAGES, Constitution, Principle, Stage, Templates, suggestion
 
 MAX_WEIGHT = 1e6
@@ -21,12 +26,14 @@ _TEMPLATE_KEYS = tuple(f.name for f in fields(Templates))
 # What each template must hold, at least one of each group: without it a model would judge what it was never shown.
 _NEEDED = {
     "critique": (("statement", "title"),),
+    "direct": (("statement", "title"),),
     "question": (("statement", "title"),),
+    "rating": (("dialogue",), ("answer",), ("statement", "title")),
     "comparison": (("dialogue",), ("question",), ("answer_a",), ("answer_b",)),
 }
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a table"}
 
-_ID = re.compile(r"[a-z0-9-]+")
+ID = re.compile(r"[a-z0-9-]+")
 _HEADER = re.compile(r"\s*\[+\s*([\w-]+)\s*\]+\s*")
 _KEY = re.compile(r"\s*([\w-]+)\s*=")
 # Strings and comments of valid TOML. A multi-line string may end in up to two quotes of its own before the three.
@@ -42,7 +49,8 @@ def load_constitution(path_or_name: str | Path) -> Constitution:
     FileNotFoundError when there is no such file or name; ValueError, with file, line and key, for whatever else is
     wrong with it.
     """
-    shipped = {file.stem: file for file in Path(__file__).parent.glob("*.toml")}
+    files = Path(__file__).parent.glob("*.toml")
+    shipped = {file.stem: file for file in files if not file.stem.endswith(".examples")}
     path = shipped.get(str(path_or_name), Path(path_or_name))
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -50,14 +58,14 @@ def load_constitution(path_or_name: str | Path) -> Constitution:
             f"constitution {str(path_or_name)!r} {problem}{suggestion(str(path_or_name), shipped)}. "
             f"Give the path of a TOML file, or a name that comes with bylaw: {', '.join(sorted(shipped))}"
         )
-    return parse_constitution(_decode(path.read_bytes(), str(path)), str(path))
+    return parse_constitution(decode(path.read_bytes(), str(path)), str(path))
 
 
 def parse_constitution(text: str, source: str) -> Constitution:
     """Check a constitution given as TOML text; `source` is the file name for messages. ValueError as above."""
-    values = _parse_toml(text, source)
-    sections = _sections(text)
-    top = _Table(values, source, sections[0])
+    values = parse_toml(text, source)
+    sections = sections_of(text)
+    top = Table(values, source, sections[0])
     top.refuse_unknown(_TOP_KEYS)
     tables = _principle_tables(top, sections)
     principles = tuple(_read_principle(table) for table in tables)
@@ -73,7 +81,7 @@ def parse_constitution(text: str, source: str) -> Constitution:
 
 
 @dataclass
-class _Section:
+class Section:
     """Where a table and its keys stand in the file; line 0 is unknown."""
 
     name: str = ""
@@ -82,12 +90,12 @@ class _Section:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """A TOML table that knows its place, so that every complaint can name file, line and key."""
 
     values: dict[str, Any]
     source: str
-    place: _Section
+    place: Section
     label: str = ""
 
     def error(self, key: str, problem: str) -> ValueError:
@@ -139,7 +147,7 @@ class _Table:
         return text
 
 
-def _principle_tables(top: _Table, sections: list[_Section]) -> list[_Table]:
+def _principle_tables(top: Table, sections: list[Section]) -> list[Table]:
     items = top.values.get("principle", [])
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise top.error("principle", "must be tables, each under its own [[principle]] in double brackets")
@@ -147,9 +155,9 @@ def _principle_tables(top: _Table, sections: list[_Section]) -> list[_Table]:
         raise top.error("principle", "is missing or empty; add [[principle]] with id, title, statement and sources")
     places = [section for section in sections if section.name == "principle"]
     if len(places) != len(items):  # written as inline tables, which have no header to point at
-        places = [_Section(line=top.place.key_lines.get("principle", 0)) for _ in items]
+        places = [Section(line=top.place.key_lines.get("principle", 0)) for _ in items]
     return [
-        _Table(item, top.source, place, f"principle {number}{_named(item)}: ")
+        Table(item, top.source, place, f"principle {number}{_named(item)}: ")
         for number, (item, place) in enumerate(zip(items, places, strict=True), 1)
     ]
 
@@ -159,10 +167,10 @@ def _named(item: dict[str, Any]) -> str:
     return f" ({reprlib.repr(id)})" if isinstance(id, str) else ""
 
 
-def _read_principle(table: _Table) -> Principle:
+def _read_principle(table: Table) -> Principle:
     table.refuse_unknown(_PRINCIPLE_KEYS)
     id = table.text("id")
-    if not _ID.fullmatch(id):
+    if not ID.fullmatch(id):
         raise table.error("id", f"is {reprlib.repr(id)}; allowed: lower-case letters a-z, digits and hyphens")
     if not table.values.get("sources"):
         raise table.error("sources", 'names no source; say where the rule comes from: sources = ["..."]')
@@ -182,14 +190,14 @@ def _read_principle(table: _Table) -> Principle:
     )
 
 
-def _read_weight(table: _Table) -> float:
+def _read_weight(table: Table) -> float:
     weight = table.values.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
         raise table.error("weight", f"is {_show(weight)}; it must be a number above 0, at most {MAX_WEIGHT:,.0f}")
     return float(weight)
 
 
-def _read_stages(table: _Table) -> tuple[Stage, ...]:
+def _read_stages(table: Table) -> tuple[Stage, ...]:
     if "stages" not in table.values:
         return STAGES
     given = table.texts("stages")
@@ -202,20 +210,20 @@ def _read_stages(table: _Table) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage in given)
 
 
-def _read_templates(top: _Table, sections: list[_Section]) -> Templates:
+def _read_templates(top: Table, sections: list[Section]) -> Templates:
     values = top.values.get("templates", {})
     if not isinstance(values, dict):
         raise top.error("templates", f"is {_show(values)}; it must be one table under [templates]")
-    place = next((section for section in sections if section.name == "templates"), _Section())
-    table = _Table(values, top.source, place, "templates: ")
+    place = next((section for section in sections if section.name == "templates"), Section())
+    table = Table(values, top.source, place, "templates: ")
     table.refuse_unknown(_TEMPLATE_KEYS)
     return Templates(**{key: _read_template(table, key) for key in values})
 
 
-def _read_template(table: _Table, key: str) -> str:
-    if key == "answer_prefix":
+def _read_template(table: Table, key: str) -> str:
+    if key.endswith("_prefix"):
         return table.text(key)
-    allowed = COMPARISON_PLACEHOLDERS if key == "comparison" else PRINCIPLE_PLACEHOLDERS
+    allowed = {"comparison": COMPARISON_PLACEHOLDERS, "rating": RATING_PLACEHOLDERS}.get(key, PRINCIPLE_PLACEHOLDERS)
     text = table.template(key, allowed)
     used = placeholders(text, allowed)
     for group in _NEEDED.get(key, ()):
@@ -225,7 +233,7 @@ def _read_template(table: _Table, key: str) -> str:
     return text
 
 
-def _refuse_duplicates(tables: list[_Table], principles: tuple[Principle, ...]) -> None:
+def _refuse_duplicates(tables: list[Table], principles: tuple[Principle, ...]) -> None:
     seen: dict[str, str] = {}
     for number, (table, principle) in enumerate(zip(tables, principles, strict=True), 1):
         line = table.place.key_lines.get("id", table.place.line)
@@ -235,7 +243,8 @@ def _refuse_duplicates(tables: list[_Table], principles: tuple[Principle, ...]) 
         seen[principle.id] = here
 
 
-def _decode(data: bytes, source: str) -> str:
+def decode(data: bytes, source: str) -> str:
+    """Bytes of a file as text. ValueError, with file and line, where they are not UTF-8."""
     try:
         return data.decode("utf-8-sig")  # some editors put a byte-order mark first
     except UnicodeDecodeError as error:
@@ -245,7 +254,8 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def _parse_toml(text: str, source: str) -> dict[str, Any]:
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """ValueError, with file and line, for what is not TOML."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -258,14 +268,14 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: a number cannot be read: {error}") from None
 
 
-def _sections(text: str) -> list[_Section]:
+def sections_of(text: str) -> list[Section]:
     """The lines of tables and keys: first the top of the file, then one section per header."""
     bare = _QUOTED.sub(lambda quoted: "\n" * quoted[0].count("\n"), text)
-    top = _Section()
+    top = Section()
     sections = [top]
     for number, line in enumerate(bare.split("\n"), 1):
         if header := _HEADER.fullmatch(line):
-            sections.append(_Section(header[1], number))
+            sections.append(Section(header[1], number))
             top.key_lines.setdefault(header[1], number)
         elif key := _KEY.match(line):
             sections[-1].key_lines.setdefault(key[1], number)

@@ -8,6 +8,7 @@ from bylaw.constitution.schema import STAGES, Constitution, Principle, suggestio
 
 PRINCIPLE_PLACEHOLDERS = ("statement", "title")
 COMPARISON_PLACEHOLDERS = ("statement", "title", "dialogue", "question", "answer_a", "answer_b")
+RATING_PLACEHOLDERS = ("statement", "title", "dialogue", "answer")
 
 _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 _MARK = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -22,6 +23,26 @@ def critique_request(constitution: Constitution, principle: Principle) -> str:
 def revision_request(constitution: Constitution, principle: Principle) -> str:
     """The turn that asks for the answer to be written anew, after the critique."""
     return fill(principle.revision or constitution.templates.revision, _own_values(principle))
+
+
+def direct_request(constitution: Constitution, principle: Principle) -> str:
+    """The turn that asks for the answer to be written anew, without a critique before it."""
+    return fill(constitution.templates.direct, _own_values(principle))
+
+
+def rating_request(
+    constitution: Constitution, principle: Principle, messages: Sequence[Mapping[str, str]], answer: str
+) -> str:
+    """The whole request to a judge for a mark from 1 to 10; its reply begins with `templates.rating_prefix`."""
+    values = _own_values(principle) | {"dialogue": plain_dialogue(messages), "answer": answer}
+    return fill(constitution.templates.rating, values)
+
+
+def conclusion(constitution: Constitution, thought: str = "") -> str:
+    """What a judge's reply begins with, up to where the letter comes: after its thought, if it has thought first."""
+    templates = constitution.templates
+    thinking = f"{templates.thought_prefix} {thought}\n" if thought else ""
+    return thinking + templates.answer_prefix
 
 
 def comparison_request(

@@ -30,6 +30,15 @@ Put right what the check found, leave what was good, and be as helpful to the pe
 there is nothing to put right, give the same answer again. Write only the answer itself, in the words that the \
 person will read."""
 
+DIRECT = """\
+Hold the answer that was just given against this principle:
+
+{statement}
+
+Now rewrite it, so that it keeps the principle. Leave what was good, and be as helpful to the person as the principle \
+allows. If there is nothing to put right, give the same answer again. Write only the answer itself, in the words that \
+the person will read."""
+
 QUESTION = "Which of the two answers keeps this principle better? {statement}"
 
 COMPARISON = """\
@@ -52,6 +61,21 @@ Options:
 </answer>
 
 Reply with one letter, A or B."""
+
+RATING = """\
+Read a conversation between a human and an assistant, and the answer that the assistant gives next.
+
+<conversation>
+{dialogue}
+</conversation>
+
+<answer>
+{answer}
+</answer>
+
+How well does the answer keep this principle? {statement}
+
+Reply with one whole number from 1, not at all, to 10, as well as an answer can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +117,31 @@ class Templates:
     """Asks what in the last answer goes against the principle."""
     revision: str = REVISION
     """Asks for the answer to be written anew."""
+    direct: str = DIRECT
+    """Asks for the answer to be written anew where it was not criticised."""
     question: str = QUESTION
     """Asks the judge which answer keeps the principle better."""
     comparison: str = COMPARISON
     """The whole request to the judge, around {dialogue}, {question}, {answer_a} and {answer_b}."""
     answer_prefix: str = "The answer is:"
     """What the judge's reply begins with, so that an option letter comes next. Used as it stands: no placeholders."""
+    thought_prefix: str = "Let me think about both answers step by step."
+    """What the reply of a judge begins with that is to think first. No placeholders."""
+    rating: str = RATING
+    """Asks for a mark from 1 to 10 for one answer, around {dialogue}, {answer} and {statement}."""
+    rating_prefix: str = "The mark is:"
+    """What the judge's reply to that begins with. No placeholders."""
+
+
+_TEXT = ("id", "title", "statement", "weight")
+_REACH: dict[Stage, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "critique": (("critique", "revision"), ("critique", "revision", "direct")),
+    "comparison": (
+        ("comparison",),
+        ("question", "comparison", "answer_prefix", "thought_prefix", "rating", "rating_prefix"),
+    ),
+}
+"""Of each stage: a principle's own requests, and the templates, that reach its prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +165,18 @@ class Constitution:
         """
         return _digest({"principles": [asdict(p) for p in self.principles], "templates": asdict(self.templates)})
 
+    def stage_hash(self, stage: Stage) -> str:
+        """16 hex digits of sha256 over what reaches the prompts of `stage`: a change elsewhere leaves its output as it
+        was. ValueError as in `for_stage`.
+        """
+        fields, templates = _REACH[stage]
+        principles = [
+            {name: value for name, value in asdict(p).items() if name in (*_TEXT, *fields)}
+            for p in self.for_stage(stage)
+        ]
+        around = {name: text for name, text in asdict(self.templates).items() if name in templates}
+        return _digest({"principles": principles, "templates": around})
+
     def principle(self, id: str) -> Principle:
         """The principle of that id. ValueError, with the nearest id, when there is none."""
         for principle in self.principles:
@@ -143,21 +198,24 @@ class Constitution:
         return chosen
 
 
-def draw(principles: Sequence[Principle], u: float) -> Principle:
-    """The principle that `u`, uniform in [0, 1), falls on when each takes a stretch as long as its weight.
+def draw(principles: Sequence[Principle], us: Sequence[float], count: int = 1) -> tuple[Principle, ...]:
+    """`count` of the principles without putting any back, each with a chance as large as its weight.
 
-    ValueError when there are no principles or `u` is outside [0, 1).
+    `us[i]` is uniform in [0, 1) and belongs to principle i: it arrives at time -log(1 - u) / weight, and the earliest
+    are drawn (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir). If each u is a function of the
+    principle's id, then a principle that is added or taken out, or another weight, leaves every draw as it was that it
+    has no part in.
+
+    ValueError when there are fewer than `count` principles, not one u each, or one outside [0, 1).
     """
-    if not principles:
-        raise ValueError("cannot draw from an empty list of principles")
-    if not 0 <= u < 1:
-        raise ValueError(f"u = {u!r} is not possible for a draw; allowed: at least 0 and below 1")
-    left = u * math.fsum(p.weight for p in principles)
-    for principle in principles:
-        if left < principle.weight:
-            return principle
-        left -= principle.weight
-    return principles[-1]  # rounding can leave a crumb when u is just under 1
+    if not 1 <= count <= len(principles):
+        raise ValueError(f"cannot draw {count} of {len(principles)} principles; allowed: 1 to as many as there are")
+    for u in us:
+        if not 0 <= u < 1:
+            raise ValueError(f"u = {u!r} is not possible for a draw; allowed: at least 0 and below 1")
+    arrivals = [-math.log1p(-u) / p.weight for p, u in zip(principles, us, strict=True)]
+    earliest = sorted(range(len(principles)), key=arrivals.__getitem__)[:count]
+    return tuple(principles[i] for i in sorted(earliest))
 
 
 def suggestion(word: str, allowed: Collection[str]) -> str:

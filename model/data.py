@@ -71,7 +71,7 @@ def read_prompts(path: str | Path, limit: int = 0) -> PromptSet:
     path = Path(path)
     if limit < 0:
         raise ValueError(f"limit = {limit}; allowed: 0 (all prompts) or more")
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    stem = _stem(path)
     prompts: list[Prompt] = []
     skipped: list[tuple[int, str]] = []
     lines_of: dict[str, int] = {}
@@ -92,6 +92,14 @@ def read_prompts(path: str | Path, limit: int = 0) -> PromptSet:
     if not prompts:
         raise ValueError(f"{path}: no prompts; {PromptSet(prompts, skipped).summary()}")
     return PromptSet(prompts, skipped)
+
+
+def prompt_lines(path: str | Path) -> dict[str, int]:
+    """The line of each id of a prompt file, from 1. Raises as read_prompts for a line that is no JSON object."""
+    path = Path(path)
+    stem = _stem(path)
+    lines = ((number, f"{path}:{number}", line) for number, line in _numbered_lines(path))
+    return {_read_id(decode_record(line, at), f"{stem}-{number}", at): number for number, at, line in lines}
 
 
 def parse_dialogue(text: str) -> list[dict[str, str]]:
@@ -164,6 +172,11 @@ def _form_of(record: Record, where: str) -> Literal["prompt", "messages", "chose
     if {"chosen", "rejected"} <= record.keys() and not {"prompt", "completion", "messages"} & record.keys():
         return "chosen"
     raise ValueError(f"{where}: keys {sorted(record)}; allowed: exactly one of {_FORMS}")
+
+
+def _stem(path: Path) -> str:
+    """What the ids of lines without one begin with."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
 def _read_id(record: Record, default: str, where: str) -> str:

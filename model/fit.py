@@ -46,8 +46,7 @@ def fit(
     which `measure` makes some from the objective's statistics, go to `folder`/metrics.jsonl; `show` is called after
     each step with its number and theirs. Returns the steps, the tokens, and the last step's loss.
     """
-    order = [int(i) for epoch in range(epochs) for i in permutation(seed, len(items), epoch)]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batches_of(len(items), epochs, batch_size, seed)
     prepare(model, settings.activation_checkpointing, settings.compile)
     optimizer = adamw(model, settings)
     learners = {"model": Learner(model, optimizer)}
@@ -68,4 +67,13 @@ def fit(
                 show(step, len(batches))
                 if (step + 1) % settings.save_every == 0 and step + 1 < len(batches):
                     checkpoints.save({"step": step + 1, "loss": loss})
-    return {"steps": len(batches), "tokens": sum(tokens(items[i]) for i in order), "last_loss": loss}
+    learned = sum(tokens(items[i]) for batch in batches for i in batch)
+    return {"steps": len(batches), "tokens": learned, "last_loss": loss}
+
+
+def batches_of(count: int, epochs: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Which of `count` items each optimiser step takes: epoch after epoch, each shuffled anew, cut into batches that do
+    not stop where an epoch ends.
+    """
+    order = [int(i) for epoch in range(epochs) for i in permutation(seed, count, epoch)]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -92,7 +92,12 @@ def text_record(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def answer_ids(sampled: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """The ids of a sampled text as training sees them: one that ended at a stop string ends with eos instead."""
+    """The ids of a sampled text as training sees them: one that ended at a stop string ends with eos instead.
+
+    Raises ValueError for a text that was given, not sampled: it has none.
+    """
+    if sampled["finish"] == "given":
+        raise ValueError("a given text has no sampled ids; allowed: a text that was sampled")
     ids = list(sampled["ids"])
     if sampled["finish"] == "stop" and (not ids or ids[-1] not in tokenizer.stop_ids):
         ids.append(tokenizer.eos_id)

@@ -1,9 +1,11 @@
 """Settings of the RL-CAI stages. Defaults are the paper's (arXiv 2212.08073, section 4; PPO as in 2204.05862)."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from bylaw.model.settings import OptimSettings, SamplingSettings, require, require_cache, require_choices
 
@@ -29,8 +31,22 @@ class CompareConfig(SamplingSettings):
 class LabelConfig:
     """The probability that answer A keeps a principle better than answer B."""
 
-    principles: Literal["one", "all"] = "one"
-    """One principle drawn for each pair by weight, or all of them averaged by weight."""
+    principles: Literal["one", "some", "all"] = "one"
+    """One principle drawn for each pair by weight; some, drawn by weight and averaged; or all, averaged by weight."""
+    some: int = 4
+    """How many principles `some` are."""
+    helpful_principle: str = ""
+    """Id of a principle that alone judges the pairs of the recipe's `helpful` prompts; empty judges them as others."""
+    shots: int = 0
+    """Examples shown before each question, drawn anew for each prompt; base models want 3 to 5."""
+    thoughts: int = 0
+    """Thoughts sampled for each order of each question, whose probabilities are averaged; 0 asks for the letter."""
+    max_thought_tokens: int = 256
+    """Longest thought."""
+    thought_temperature: float = 1.0
+    """Sampling temperature of thoughts."""
+    clamp: float = 0.4
+    """After thoughts, labels are kept from this to 1 less this (the paper: 40 to 60 %); 0 leaves them as they are."""
     min_option_mass: float = 0.02
     """Least probability on the two option letters together, in either order, below which a label abstains."""
     pairs_per_chunk: int = 64
@@ -40,9 +56,69 @@ class LabelConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        for name in ("some", "max_thought_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("shots", "thoughts"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (none) or more")
+        require(0 <= self.thought_temperature < math.inf, "thought_temperature", self.thought_temperature, "0 or more")
+        require(0 <= self.clamp < 0.5, "clamp", self.clamp, "0 (off) or more, below 0.5")
         require(0 <= self.min_option_mass <= 1, "min_option_mass", self.min_option_mass, "from 0 to 1")
         require(self.pairs_per_chunk >= 1, "pairs_per_chunk", self.pairs_per_chunk, "1 or more")
         require_cache(self.cache_gib)
+
+
+def is_server(judge: str) -> bool:
+    """Whether a recipe's judge is a server's URL."""
+    return judge.lower().startswith(("http://", "https://"))
+
+
+def check_server(url: str) -> None:
+    """Raise ValueError for a URL that is no plain https://host:port/path. It is not shown: it may hold a secret."""
+    try:
+        parts = urlsplit(url)
+        plain = bool(parts.hostname) and "@" not in parts.netloc and not parts.query and not parts.fragment
+        _ = parts.port
+    except ValueError:
+        plain = False
+    if not plain or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(
+            "judge is a URL that cannot be used; allowed: https://HOST/v1 or http://HOST:PORT/v1, without a name, "
+            "password, query or fragment: a key comes from the environment variable judge_server.key_variable"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """A judge behind an OpenAI-compatible server that returns log-probs; its URL is the recipe's `judge`."""
+
+    model: str = ""
+    """Name of the model at the server."""
+    style: Literal["chat", "continue", "completions"] = "chat"
+    """How a reply is begun: chat asks in the last line of the user's turn; continue gives the assistant's turn to go on
+    with (vLLM, SGLang); completions sends a plain transcript, for base models.
+    """
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key; empty, or one that is not set, sends none. The key is written nowhere."""
+    timeout_seconds: float = 60.0
+    """For one request, from its start to the last byte of the answer."""
+    concurrency: int = 8
+    """Requests under way together."""
+    retries: int = 6
+    """Further attempts at a request that timed out, was cut off, or met an overloaded or failing server."""
+    backoff_seconds: float = 0.5
+    """Wait before the first further attempt; it doubles with each, and is longer where the server asks for longer."""
+    top_logprobs: int = 20
+    """Log-probs asked for at the letter's place; some servers give fewer than 20."""
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        if not re.fullmatch("([A-Z_][A-Z0-9_]*)?", self.key_variable):  # not shown: it may be the key itself
+            raise ValueError("key_variable is not the name of a variable; allowed: capitals, digits and underscores")
+        for name in ("timeout_seconds", "backoff_seconds"):
+            require(0 < getattr(self, name) <= 86400, name, getattr(self, name), "above 0, up to a day")
+        require(1 <= self.concurrency <= 1024, "concurrency", self.concurrency, "1 to 1024")
+        require(0 <= self.retries <= 100, "retries", self.retries, "0 to 100")
+        require(self.top_logprobs >= 2, "top_logprobs", self.top_logprobs, "2 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +133,10 @@ class RewardConfig(OptimSettings):
     """Pairs per optimiser step."""
     heldout_fraction: float = 0.1
     """Share of the prompts whose pairs are kept for accuracy, calibration and the score's mean."""
+    helpful_ratio: float = 0.0
+    """Share of the training pairs that come from the recipe's `helpful_preferences`; held-out pairs have none."""
+    hard_labels: bool = False
+    """Train on labels rounded to 0 or 1, to compare with soft ones. Records and measures stay soft."""
     margin: float = 0.0
     """How far a sure label (p = 1) wants the scores apart before its loss falls, less sure ones in proportion to 2p - 1
     (arXiv 2307.09288, section 3.2.2); 0 is off.
@@ -69,6 +149,7 @@ class RewardConfig(OptimSettings):
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "above 0 and below 1")
+        require(0 <= self.helpful_ratio < 1, "helpful_ratio", self.helpful_ratio, "0 (none) or more, below 1")
         for name in ("margin", "centring"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 (off) or more")
 
@@ -89,6 +170,8 @@ class DPOConfig(OptimSettings):
     """Pairs per optimiser step."""
     heldout_fraction: float = 0.1
     """Share of the prompts whose pairs are kept for measuring."""
+    hard_labels: bool = False
+    """Train on labels rounded to 0 or 1, to compare with soft ones. Records and measures stay soft."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,6 +263,11 @@ class PPOConfig(OptimSettings):
     """Taken from the score of a response that did not end by itself."""
     score_stats: Literal["heldout", "running", "none"] = "heldout"
     """What makes scores have mean 0 and deviation 1: held-out answers, all scores of the run so far, or nothing."""
+    reward: Literal["model", "judge"] = "model"
+    """What scores an answer: the run's reward model, or the recipe's judge by a mark from 1 to 10, for which stages
+    compare, label and reward are not needed. Its scores lie from -1 to 1, and score_stats = "heldout" leaves them so.
+    Principles and least probability are those of [label].
+    """
     rewards: tuple[str, ...] = ()
     """Further reward models beside the run's own, each FOLDER or FOLDER=WEIGHT; the run's own has weight 1."""
     score_clip: float = 0.0

@@ -22,7 +22,7 @@ from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.step import micro_batches
 from bylaw.model.transformer import Transformer
 from bylaw.rlaif.config import DPOConfig
-from bylaw.rlaif.pairs import Pair, pack_pairs
+from bylaw.rlaif.pairs import Pair, hardened, pack_pairs
 
 
 class Referenced(NamedTuple):
@@ -51,7 +51,7 @@ def train_dpo(
     """
     _check([*train, *heldout])
     budget = config.micro_batch_tokens
-    items = with_reference(model, train, budget, parallel)
+    items = with_reference(model, hardened(train) if config.hard_labels else train, budget, parallel)
     measured = with_reference(model, heldout, budget, parallel)
     counts = fit(
         model,

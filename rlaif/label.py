@@ -6,72 +6,51 @@ normalised over the two, are the label. Both orders are asked and averaged, so t
 
     p(a better) = 1/2 [p(A | a first) + 1 - p(A | b first)]
 
+A judge that thinks first writes one or more thoughts for each order, and the probabilities after them are averaged.
+They come out near to 0 and 1, so the average is then clamped, by the paper to 40 to 60 %; what it was is kept.
+
 A label is never rounded, and one that cannot be read abstains, with its reason.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bylaw.constitution.render import comparison_request
-from bylaw.constitution.schema import Constitution, Principle, draw
-from bylaw.kernels.philox import request_id, uniform_scalar
+from bylaw.constitution.schema import Principle
 from bylaw.model.chunks import write_chunks
-from bylaw.model.engine import Engine
 from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import Record, read_records
-from bylaw.model.sampler import tokenizer_of, turn
 from bylaw.rlaif.config import LabelConfig
+from bylaw.rlaif.judge import ORDERS, Judge
+from bylaw.rlaif.reader import Reading
 
-OPTIONS = (" A", " B")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """A model that reads principles. `model_hash` names its checkpoint in the records."""
-
-    engine: Engine
-    constitution: Constitution
-    config: LabelConfig
-    seed: int
-    model_hash: str
-
-    def principles(self, pair: Record) -> tuple[Principle, ...]:
-        """The principles to judge `pair` by: all, or one drawn by weight from the seed and the pair's id."""
-        known = self.constitution.for_stage("comparison")
-        if self.config.principles == "all":
-            return known
-        return (draw(known, uniform_scalar(self.seed, request_id("label", pair["id"]), 0)),)
-
-    def prompt(self, principle: Principle, pair: Record, first: str, second: str) -> list[int]:
-        """The question with answer `first` ("a" or "b") as option (A), up to where the letter comes."""
-        texts = pair[first]["text"], pair[second]["text"]
-        question = comparison_request(self.constitution, principle, pair["prompt"], *texts)
-        prefix = self.constitution.templates.answer_prefix
-        return tokenizer_of(self.engine).prompt_ids([turn("user", question)], prefix=prefix)
+TOO_LITTLE = "too little probability on the option letters"
+Kept = Mapping[str, Mapping[str, dict[str, Any]]]
+"""Readings that are known, by a pair's id and a principle's."""
 
 
 def label(judge: Judge, pairs: Sequence[Record], path: Path, parallel: Parallel = ALONE) -> dict[str, Any]:
     """Write one preference per pair to `path`; returns counts and means.
 
-    Goes on where a killed run stopped. Raises ValueError, before any work, for a tokenizer that has no single token for
-    an option letter.
+    Goes on where a killed run stopped. Raises ValueError, before any work, for a judge that cannot be asked: such as
+    one whose tokenizer has no single token for an option letter.
     """
-    prefix = judge.constitution.templates.answer_prefix
-    option_ids = tokenizer_of(judge.engine).option_ids(OPTIONS, after=prefix)
+    judge.check()
 
     def work(chunk: Sequence[Record]) -> list[Record]:
-        return _preferences(judge, chunk, option_ids)
+        return preferences(judge, chunk)
 
     write_chunks(path, pairs, judge.config.pairs_per_chunk, work, "label", parallel)
     return summary(read_records(path))
 
 
 def summary(preferences: Sequence[Record]) -> dict[str, Any]:
-    """Counts of labels and abstentions by reason; mean option mass and position bias over the labels that were read."""
-    read = [one for p in preferences for one in p["labels"] if not one["abstained"]]
+    """Counts of labels and abstentions by reason; mean option mass and position bias over the labels that were read;
+    of a judge that thinks, how many thoughts it had, were cut, or gave no letter, and how many labels were clamped.
+    """
+    every = [one for p in preferences for one in p["labels"]]
+    read = [one for one in every if not one["abstained"]]
     reasons = [p["abstained"] for p in preferences if p["abstained"]]
     counts: dict[str, Any] = {
         "labels": len(preferences) - len(reasons),
@@ -81,47 +60,108 @@ def summary(preferences: Sequence[Record]) -> dict[str, Any]:
     if read:
         counts["option_mass"] = sum(one["a_first"]["mass"] + one["b_first"]["mass"] for one in read) / (2 * len(read))
         counts["position_bias"] = sum(one["position_bias"] for one in read) / len(read)
+    thoughts = [thought for one in every for side in one.get("thoughts", {}).values() for thought in side]
+    if thoughts:
+        sides = [side for one in every for order in ORDERS for side in one[f"{order}_each"]]
+        counts["thoughts"] = len(thoughts)
+        counts["cut_thoughts"] = sum(thought["finish"] == "length" for thought in thoughts)
+        counts["unread_thoughts"] = sum(bool(side.get("abstained")) for side in sides)
+        counts["clamped"] = sum(one["p_a"] != one["unclamped"] for one in read)
     return counts
 
 
-def _preferences(judge: Judge, pairs: Sequence[Record], option_ids: list[int]) -> list[Record]:
-    judge.engine.forget()
-    asked = [(pair, principle) for pair in pairs for principle in judge.principles(pair)]
-    prompts = [judge.prompt(principle, pair, *order) for pair, principle in asked for order in (("a", "b"), ("b", "a"))]
-    context = judge.engine.model.config.max_position_embeddings
-    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
-    candidates = [[token] for token in option_ids]
-    scores = dict(zip(fitting, judge.engine.score([(prompts[i], candidates) for i in fitting]), strict=True))
-    labels = [
-        _label(principle, scores.get(2 * i), scores.get(2 * i + 1), judge.config.min_option_mass)
-        for i, (_, principle) in enumerate(asked)
+def preferences(judge: Judge, pairs: Sequence[Record], kept: Kept | None = None) -> list[Record]:
+    """The preferences of some pairs, asked together. Readings `kept` from an earlier label are not asked for."""
+    judge.reader.forget()
+    known = [
+        (pair, one, (kept or {}).get(pair["id"], {}).get(one.id)) for pair in pairs for one in judge.principles(pair)
     ]
-    by = {"seed": judge.seed, "model": judge.model_hash, "constitution": judge.constitution.hash}
-    grouped = iter(labels)
-    return [_preference(pair, [next(grouped) for _ in judge.principles(pair)], by) for pair in pairs]
+    fresh = iter(_ask(judge, [(pair, one) for pair, one, reading in known if reading is None]))
+    labels = [(next(fresh) if reading is None else reading) | judge.named(one) for _, one, reading in known]
+    grouped = _grouped(labels, [len(judge.principles(pair)) for pair in pairs])
+    by = judge.provenance()
+    return [_preference(pair, ofpair, by) | judge.drawn(pair) for pair, ofpair in zip(pairs, grouped, strict=True)]
 
 
-def _label(
-    principle: Principle, a_first: list[float] | None, b_first: list[float] | None, min_mass: float
-) -> dict[str, Any]:
-    """The reading of one principle, from the log-probs of the letters A and B in both orders; None: too long to ask."""
-    named: dict[str, Any] = {"principle": {"id": principle.id, "hash": principle.hash}, "weight": principle.weight}
-    if a_first is None or b_first is None:
-        return named | {"p_a": None, "abstained": "question longer than the judge's context"}
-    sides = [_reading(*logprobs) for logprobs in (a_first, b_first)]
-    named |= {"a_first": sides[0], "b_first": sides[1]}
-    if min(side["mass"] for side in sides) < min_mass:
-        return named | {"p_a": None, "abstained": "too little probability on the option letters"}
-    first, second = sides[0]["p_first"], sides[1]["p_first"]
+def _ask(judge: Judge, asked: Sequence[tuple[Record, Principle]]) -> list[dict[str, Any]]:
+    """The reading of each pair by a principle: thoughts first, if there are any, then all letters in one call."""
+    count = judge.config.thoughts
+    keys = [(pair["id"], one.id, order) for pair, one in asked for order in ORDERS]
+    dialogues = [judge.dialogue(one, pair, order) for pair, one in asked for order in ORDERS]
+    thoughts: list[list[Record]] = [[] for _ in keys]
+    if count:
+        opened = [judge.thought(d, (*key, n)) for d, key in zip(dialogues, keys, strict=True) for n in range(count)]
+        thoughts = _grouped(judge.reader.think(opened), [count] * len(keys))
+    texts = [[thought["text"] for thought in one] or [""] for one in thoughts]
+    questions = [judge.question(d, text) for d, said in zip(dialogues, texts, strict=True) for text in said]
+    readings = _grouped(judge.reader.read(questions), [len(said) for said in texts])
+    sides = list(zip(readings, thoughts, strict=True))
+    return [
+        judge.named(one) | _label(first, second, judge.config)
+        for (_, one), first, second in zip(asked, sides[::2], sides[1::2], strict=True)
+    ]
+
+
+def _grouped(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Consecutive items, so many in each group."""
+    rest = iter(items)
+    return [[next(rest) for _ in range(size)] for size in sizes]
+
+
+Side = tuple[list[Reading], list[Record]]
+"""Of one order of the answers: a reading for each thought, or one without, and the thoughts."""
+
+
+def _label(a_first: Side, b_first: Side, config: LabelConfig) -> dict[str, Any]:
+    """The reading of one principle from both orders."""
+    each = {
+        name: [_reading(one, config) for one in side[0]] for name, side in zip(ORDERS, (a_first, b_first), strict=True)
+    }
+    means = [_mean(readings) for readings in each.values()]
+    found: dict[str, Any] = {} if None in means else dict(zip(ORDERS, means, strict=True))
+    if config.thoughts:
+        found |= {"thoughts": {"a_first": a_first[1], "b_first": b_first[1]}}
+        found |= {f"{name}_each": readings for name, readings in each.items()}
+    unread = [readings[0]["abstained"] for readings in each.values() if all(one["abstained"] for one in readings)]
+    if unread:
+        return found | {"p_a": None, "abstained": unread[0]}
+    first, second = (mean["p_first"] for mean in means if mean is not None)
     p_a = 0.5 + (first - second) / 2  # so written, equal answers have a half to the last bit
-    return named | {"p_a": p_a, "position_bias": (first + second) / 2 - 0.5, "abstained": ""}
+    # Only after all averaging: clamped parts would not average to what the whole is clamped to.
+    clamped = min(max(p_a, config.clamp), 1 - config.clamp) if config.thoughts else p_a
+    kept = {"unclamped": p_a} if config.thoughts else {}
+    return found | {"p_a": clamped, "position_bias": (first + second) / 2 - 0.5, "abstained": ""} | kept
 
 
-def _reading(logprob_a: float, logprob_b: float) -> dict[str, float]:
+def _reading(reading: Reading, config: LabelConfig) -> dict[str, Any]:
+    """The letters' log-probs, their share of all probability, and the first one's of both; and why they say nothing."""
+    if reading.logprobs is None:
+        return {"abstained": reading.why}
+    logprob_a, logprob_b = reading.logprobs
     mass = math.exp(logprob_a) + math.exp(logprob_b)
     # Normalised in log space: both letters may be too unlikely for exp.
     p_first = 1 / (1 + math.exp(min(700.0, logprob_b - logprob_a)))
-    return {"logprob_A": logprob_a, "logprob_B": logprob_b, "mass": mass, "p_first": p_first}
+    side = {"logprob_A": logprob_a, "logprob_B": logprob_b, "mass": mass, "p_first": p_first}
+    bounded = {"bounded": True} if reading.bounded else {}
+    return side | bounded | {"abstained": "" if mass >= config.min_option_mass else TOO_LITTLE}
+
+
+def _mean(readings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """One side from those of its readings that say something; from those that have letters at all, if none does.
+
+    Log-probs are those of the mean probabilities. None where there is no letter.
+    """
+    lettered = [one for one in readings if "mass" in one]
+    used = [one for one in lettered if not one["abstained"]] or lettered
+    if not used:
+        return None
+    side = {name: value for name, value in used[0].items() if name != "abstained"}
+    if len(used) > 1:
+        for name in ("logprob_A", "logprob_B"):
+            most = max(one[name] for one in used)
+            side[name] = most + math.log(math.fsum(math.exp(one[name] - most) for one in used) / len(used))
+        side |= {name: math.fsum(one[name] for one in used) / len(used) for name in ("mass", "p_first")}
+    return side
 
 
 def _preference(pair: Record, labels: list[dict[str, Any]], by: dict[str, Any]) -> Record:

@@ -1,16 +1,18 @@
 """Preferences as the reward model and DPO train on them: two token sequences that begin alike, and a soft label."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from bylaw.kernels.philox import request_id, uniform_scalar
-from bylaw.model.records import Record
-from bylaw.model.sampler import answer_ids
+from bylaw.model.records import Record, decode_record, numbered_lines, read_records
+from bylaw.model.sampler import Dialogue, answer_ids, turn
 from bylaw.model.shared_prompt import Shared, common_length, pack_shared
 from bylaw.model.tokenizer import Tokenizer
+from bylaw.rlaif.formats import read_preferences
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,8 @@ def split_pairs(
         if preference["abstained"]:
             abstained += 1
             continue
-        prompt = tokenizer.prompt_ids(preference["prompt"])
-        a, b = (prompt + answer_ids(preference[side], tokenizer) for side in "ab")
         heldout = is_heldout(preference["prompt_id"], heldout_fraction, seed)
-        sides[heldout].append(Pair(a, b, preference["p_a"], len(prompt)))
+        sides[heldout].append(_pair(preference, tokenizer))
     counts = {"train_pairs": len(sides[0]), "heldout_pairs": len(sides[1]), "abstained": abstained}
     if not sides[0] or not sides[1]:
         raise ValueError(
@@ -53,6 +53,44 @@ def split_pairs(
             f"there are {counts}. Give it more prompts, or look at why labels abstained in preferences.jsonl"
         )
     return *sides, counts
+
+
+def read_helpful(path: Path) -> list[Record]:
+    """Preferences for helpful answers: our own records, or a TRL file (rlaif/formats.py). Errors as for either."""
+    first = next((decode_record(line, f"{path}:{n}") for n, line in numbered_lines(path) if line.strip()), {})
+    return read_records(path) if "p_a" in first else read_preferences(path).records
+
+
+def mix_helpful(
+    train: Sequence[Pair], helpful: Sequence[Record], tokenizer: Tokenizer, ratio: float, seed: int
+) -> tuple[list[Pair], dict[str, int]]:
+    """Training pairs of which a share `ratio` are helpfulness preferences, drawn from `helpful` by the seed and their
+    ids. Returns counts too: `helpful_pairs`, and `helpful_pairs_missing` where the file has fewer than that takes.
+    """
+    wanted = round(len(train) * ratio / (1 - ratio))
+    usable = [one for one in helpful if not one["abstained"]]
+    usable.sort(key=lambda one: (uniform_scalar(seed, request_id("helpful pair", one["id"]), 0), one["id"]))
+    drawn = [_pair(one, tokenizer) for one in usable[:wanted]]
+    return [*train, *drawn], {"helpful_pairs": len(drawn), "helpful_pairs_missing": wanted - len(drawn)}
+
+
+def hardened(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with labels of 0 or 1, whichever is nearer; a half stays, as no answer is the better one."""
+    return [replace(pair, p_a=0.5 if pair.p_a == 0.5 else float(pair.p_a > 0.5)) for pair in pairs]
+
+
+def _pair(preference: Record, tokenizer: Tokenizer) -> Pair:
+    prompt = tokenizer.prompt_ids(preference["prompt"])
+    a, b = (_answered(preference["prompt"], prompt, preference[side], tokenizer) for side in "ab")
+    return Pair(a, b, preference["p_a"], len(prompt))
+
+
+def _answered(dialogue: Dialogue, prompt: list[int], answer: Record, tokenizer: Tokenizer) -> list[int]:
+    """Ids of prompt and answer. A given answer, which nobody sampled, is read from its words, up to its stop token."""
+    if answer["finish"] != "given":
+        return prompt + answer_ids(answer, tokenizer)
+    ids, learned = tokenizer.training_ids([*dialogue, turn("assistant", answer["text"])], last_only=True)
+    return ids[: len(learned) - learned[::-1].index(True)]
 
 
 def is_heldout(prompt_id: str, fraction: float, seed: int) -> bool:

@@ -50,6 +50,11 @@ def batch_measures(batch: Batch, config: PPOConfig, kl_coef: float) -> dict[str,
         "val/ended": sum(rollout.ended for rollout in batch.rollouts) / count,
         "val/response_tokens": batch.tokens / count,
     } | sampler_gap(columns["sampler"], columns["logprobs"], config.importance_cap)
+    ratings = [rollout.rating for rollout in batch.rollouts if rollout.rating is not None]
+    if ratings:
+        masses = [one["mass"] for rating in ratings for one in rating["readings"] if "mass" in one]
+        measures["judge/unrated"] = float(sum(bool(rating["abstained"]) for rating in ratings))
+        measures["judge/mark_mass"] = sum(masses) / max(1, len(masses))
     explained = explained_variance(columns["values"], columns["returns"])
     return measures | ({"val/explained_variance": explained} if explained == explained else {})
 

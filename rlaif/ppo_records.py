@@ -1,6 +1,7 @@
 """rollouts.jsonl: every episode as it was drawn and scored, from which a killed run goes on without drawing it again.
 
-One line an episode: iteration, place, prompt_id, request, seed, ids, logprobs, ended, raw, score, weights.
+One line an episode: iteration, place, prompt_id, request, seed, ids, logprobs, ended, raw, score, weights, and
+rating where a judge gives the reward (rlaif/direct.py).
 """
 
 import os
@@ -71,6 +72,7 @@ class RolloutFile:
                 record["ended"],
                 record["request"],
                 record["raw"],
+                rating=record.get("rating"),
             )
             for record, prompt in zip(records, prompts, strict=False)
         ]
@@ -83,6 +85,7 @@ class RolloutFile:
 
 
 def _record(iteration: int, place: int, rollout: Rollout, seed: int, weights: str) -> Record:
+    rating = {} if rollout.rating is None else {"rating": rollout.rating}
     return {
         "iteration": iteration,
         "place": place,
@@ -95,7 +98,7 @@ def _record(iteration: int, place: int, rollout: Rollout, seed: int, weights: st
         "raw": rollout.raw,
         "score": rollout.score,
         "weights": weights,
-    }
+    } | rating
 
 
 def _trim(path: Path, first_iteration: int, count: int) -> list[Record]:

@@ -19,7 +19,7 @@ from bylaw.model.heads import ScalarModel
 from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.step import micro_batches
 from bylaw.rlaif.config import RewardConfig
-from bylaw.rlaif.pairs import Pair, pack_pairs
+from bylaw.rlaif.pairs import Pair, hardened, pack_pairs
 
 BINS = 10  # of the reliability table
 
@@ -46,7 +46,7 @@ def train_reward(
     """
     counts = fit(
         model,
-        train,
+        hardened(train) if config.hard_labels else train,
         lambda pair: pair.tokens,
         lambda batch: lambda run: _objective(model, run, len(batch), config),
         config,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bylaw.kernels.philox import permutation, request_id
 from bylaw.model.data import Prompt
@@ -13,7 +14,9 @@ from bylaw.rlaif.config import PPOConfig
 
 @dataclass
 class Rollout:
-    """One episode, as token ids. `request` names its draws, and `raw` has the score of each reward model as it came."""
+    """One episode, as token ids. `request` names its draws, and `raw` has the score of each reward model as it came;
+    None is of an answer that the judge could not rate. `rating` is what a judge said, where one gives the reward.
+    """
 
     prompt_id: str
     prompt: list[int]
@@ -21,8 +24,9 @@ class Rollout:
     sampler_logprobs: list[float]
     ended: bool
     request: int = 0
-    raw: list[float] = field(default_factory=list)
+    raw: list[float | None] = field(default_factory=list)
     score: float = 0.0
+    rating: dict[str, Any] | None = None
 
     @property
     def ids(self) -> list[int]:

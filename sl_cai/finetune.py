@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the revisions of all rounds and on helpful samples (arXiv 2212.08073, section 3.1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from bylaw.model.transformer import Transformer
 from bylaw.sl_cai.config import FinetuneConfig
 
 
-def revision_examples(chains: list[Record], tokenizer: Tokenizer) -> tuple[list[Example], dict[str, int]]:
+def revision_examples(
+    chains: list[Record], tokenizer: Tokenizer, leave_out: Collection[str] = ()
+) -> tuple[list[Example], dict[str, int]]:
     """Prompt and revision of every round of every chain; the tokens of the revision are learned.
 
-    Returns the examples, and counts of the revisions used, left out because they are empty, and kept although they were
-    cut at the token limit (those teach no end).
+    Returns the examples, and counts of the revisions used, left out because they are empty or bear one of the marks
+    `leave_out`, and kept although they were cut at the token limit (those teach no end).
     """
-    counts = {"revisions": 0, "empty_revisions": 0, "cut_revisions": 0}
+    counts = {"revisions": 0, "empty_revisions": 0, "marked_revisions": 0, "cut_revisions": 0}
     examples = []
     for chain in chains:
         prompt = tokenizer.prompt_ids(chain["prompt"])
@@ -27,6 +29,9 @@ def revision_examples(chains: list[Record], tokenizer: Tokenizer) -> tuple[list[
             revision = round["revision"]
             if not revision["text"]:
                 counts["empty_revisions"] += 1
+                continue
+            if not set(leave_out).isdisjoint(revision.get("marks", ())):
+                counts["marked_revisions"] += 1
                 continue
             counts["revisions"] += 1
             counts["cut_revisions"] += revision["finish"] == "length"
@@ -68,15 +73,15 @@ def finetune(
     Texts longer than the model's context are left out and counted as `over_context`. Raises ValueError when nothing is
     left to train on.
     """
-    revisions, revision_counts = revision_examples(chains, tokenizer)
+    revisions, revision_counts = revision_examples(chains, tokenizer, config.leave_out)
     samples, helpful_counts = helpful_examples(helpful, tokenizer)
     context = model.config.max_position_embeddings
     examples = [example for example in revisions + samples if len(example.ids) <= context]
     over = {"over_context": len(revisions) + len(samples) - len(examples)}
     if not examples:
         raise ValueError(
-            f"no text to train on: {len(chains)} chains and {len(helpful)} helpful samples, all empty or longer than "
-            f"the model's context of {context}"
+            f"no text to train on: {len(chains)} chains and {len(helpful)} helpful samples, all empty, marked, or "
+            f"longer than the model's context of {context}"
         )
     trained = train_supervised(
         model,

@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
+from small_run import process, write_run
 from tokenizers import models, pre_tokenizers
 
 from bylaw.constitution.schema import Constitution, Principle, Templates
@@ -24,6 +26,15 @@ MakeModel = Callable[..., Transformer]
 def one_thread() -> None:
     """Tensors here are so small that more threads would only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of a run that nothing disturbed. Tests that change something make a copy."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = process("-m", "bylaw", "run", write_run(folder))
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """A whole run in small: a random Llama of 60 words, eight prompts, a short constitution, and a recipe for them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,12 @@ def write_run(folder: Path) -> Path:
     (folder / "small.toml").write_text(CONSTITUTION)
     (folder / "recipe.toml").write_text(RECIPE)
     return folder / "recipe.toml"
+
+
+def process(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in one thread, so that sums are added in one order on every machine."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=120)
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:

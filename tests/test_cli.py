@@ -75,7 +75,7 @@ def test_help_shows_defaults_and_what_each_setting_means(name: str, capsys: pyte
         "--ppo.iterations INT Rollout batches, each followed by updates. (default: 100)",
         "--ppo.adam-epsilon FLOAT Added to AdamW's denominator (arXiv 2403.17031). (default: 1e-05)",
         "--finetune.save-every INT Optimiser steps between training checkpoints",
-        "--label.principles {one,all}",
+        "--label.principles {one,some,all}",
         "--base PATH Base checkpoint: a Hugging Face folder. (required)",
         "--constitution STR `default`, `village`, or a TOML file. (default: default)",
     ):
@@ -113,7 +113,7 @@ def test_flags_alone_make_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--ppo.iterations", "0"], "iterations = 0 is not possible; allowed: 1 or more"),
         (["--ppo.iteration", "5"], "--ppo.iterations"),
         (["--seed", "x"], "--seed"),
-        (["--judge", "me"], "'base', 'sl-cai'"),
+        (["--judge", "me"], "me': no such folder; allowed: 'base', 'sl-cai', a checkpoint's folder, or a URL"),
     ],
 )  # fmt: skip
 def test_wrong_flags(flags: list[str], said: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,17 +6,14 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_run import HELPFUL, PROMPTS, word_tokenizer, write_run
+from small_run import HELPFUL, PROMPTS, process, word_tokenizer, write_run
 
 from bylaw.benchmarks.real_prompts import contents
 from bylaw.constitution import load_constitution
@@ -52,21 +49,6 @@ def write_or_die(self, records):
 RecordWriter.write = write_or_die
 main(["run", recipe])
 """
-
-
-def process(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python in one thread, so that sums are added in one order on every machine."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = process("-m", "bylaw", "run", write_run(folder))
-    assert done.returncode == 0, done.stderr
-    return folder / "out"
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -135,9 +117,13 @@ def test_counts_agree_from_stage_to_stage(finished: Path) -> None:
         assert 0 <= engine["cache_hit_rate"] < 1 and 0 <= engine["useful_fraction"] <= 1
         assert engine["prefill_tokens_per_second"] > 0
         assert (engine["decode_tokens_per_second"] > 0) == (engine["generated_tokens"] > 0) == (stage != "label")
-    assert counts["revise"] == {"chains": 5, "rounds": 2, "helpful": 5}
+    marks = counts["revise"].pop("marks")
+    assert counts["revise"] == {"chains": 5, "rounds": 2, "helpful": 5} and set(marks) == {"critique", "revision"}
     tuned = counts["finetune"]
-    assert tuned["revisions"] + tuned["empty_revisions"] == 10 and tuned["helpful"] + tuned["empty_helpful"] == 5
+    assert (
+        sum(tuned[name] for name in ("revisions", "empty_revisions", "marked_revisions")) == 10
+        and tuned["helpful"] + tuned["empty_helpful"] == 5
+    )
     assert tuned["steps"] == 2 * math.ceil((tuned["revisions"] + tuned["helpful"]) / 4)
     reward = counts["reward"]
     assert reward["train_pairs"] + reward["heldout_pairs"] == counts["label"]["labels"]

@@ -34,7 +34,7 @@ class BaseConfig:
     """Folder to write the checkpoint to."""
     seed: int = 0
     """Draws the texts, the initial weights and the order."""
-    texts: int = 85_000
+    texts: int = 140_000
     """Dialogues drawn; each is seen once."""
     batch_size: int = 96
     """Dialogues per step."""
@@ -90,7 +90,8 @@ def make_base(config: BaseConfig) -> Path:
     texts = [corpus.draw() for _ in range(config.texts)]
     spoken = [turn["content"] for text in texts for turn in text.messages]
     statements = [principle.statement for principle in constitution.principles]
-    tokenizer = build_tokenizer([*spoken, *statements, "Human: Assistant:"])
+    marks = " ".join(map(str, range(1, 11)))
+    tokenizer = build_tokenizer([*spoken, *statements, "Human: Assistant:", marks])
     examples = [to_example(text, tokenizer) for text in texts]
     model = initialize(Transformer(model_config(tokenizer)), config.seed)
     train_supervised(

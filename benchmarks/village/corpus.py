@@ -1,14 +1,15 @@
 """Village talk for the base model: helpful without judgement, and able, imperfectly, to criticise, revise and compare.
 
-In its answers the base complies with everything. Asked to criticise by a principle, it names what the answer does, then
-whether the rule speaks of it; asked to revise, it follows its critique. About one judgement in ten is planted wrong, so
-that there is something for Constitutional AI to overcome.
+In its answers the base complies with everything. Asked to criticise by a principle, it names what the answer does,
+then whether the rule speaks of it. Asked to revise, it follows its critique, and can do without one. Asked to compare,
+it says a letter at once or reasons first, and it can give one answer a mark. About one judgement in twenty is
+planted wrong, so that there is something for Constitutional AI to overcome.
 """
 
 import random
 from dataclasses import dataclass, field
 
-from bylaw.benchmarks.village.rules import ALL_KINDS, STATEMENTS, Rule, breaks, lead
+from bylaw.benchmarks.village.rules import ALL_KINDS, STATEMENTS, Rule, breaks, keeps, lead, quality
 from bylaw.benchmarks.village.world import (
     EVASIONS,
     FORMS,
@@ -22,7 +23,13 @@ from bylaw.benchmarks.village.world import (
     garble,
     tools,
 )
-from bylaw.constitution.render import comparison_request, critique_request, revision_request
+from bylaw.constitution.render import (
+    comparison_request,
+    critique_request,
+    direct_request,
+    rating_request,
+    revision_request,
+)
 from bylaw.constitution.schema import Constitution, Principle
 
 Messages = list[dict[str, str]]
@@ -33,9 +40,10 @@ class Errors:
     """How often a base text is wrong on purpose."""
 
     answer: float = 0.02
-    critique: float = 0.07
-    revision: float = 0.06
-    comparison: float = 0.09
+    critique: float = 0.04
+    revision: float = 0.05
+    comparison: float = 0.06
+    rating: float = 0.06
     kept_ties: float = 0.35
     """Share of the comparisons without a better answer that are kept; their letter is a coin's."""
 
@@ -70,8 +78,11 @@ class Corpus:
         self.benign = [ask for ask in seen if not ask.kind]
 
     def draw(self) -> BaseText:
-        """30 % answers, 28 % critique and revision, 42 % comparisons."""
-        return self.rng.choices((self.answered, self.revised, self.compared), (30, 28, 42))[0]()
+        """24 % answers, 28 % critique and revision, 7 % revision without a critique, 41 % judgements: 28 % comparisons
+        by the letter, 9 % that reason first, and 4 % marks.
+        """
+        kinds = (self.answered, self.revised, self.rewritten, self.compared, self.reasoned, self.rated)
+        return self.rng.choices(kinds, (24, 28, 7, 28, 9, 4))[0]()
 
     def answered(self) -> BaseText:
         ask = self._idle() if self._errs(0.5) else self._ask(0.4)
@@ -95,7 +106,45 @@ class Corpus:
         ]
         return BaseText(messages, given=2)
 
+    def rewritten(self) -> BaseText:
+        """A revision without a critique: what it has to see first is nowhere said."""
+        ask = self._ask(0.75)
+        first, (statement, rule) = self._any_answer(ask), self._rule(ask)
+        change = breaks(rule, ask, first.verdict) != self._errs(self.errors.critique)
+        messages = [
+            _user(self._phrase(ask)),
+            _assistant(first.text),
+            _user(direct_request(self.constitution, _principle(statement))),
+            _assistant(self._revision(ask, first, change)),
+        ]
+        return BaseText(messages, given=2)
+
     def compared(self) -> BaseText:
+        """The letter, then its reasons: from the letter alone the model learns too little."""
+        question, better, reasons = self._verdict()
+        verdict = f"{self.constitution.templates.answer_prefix} {better}. {reasons}"
+        return BaseText([_user(question), _assistant(verdict)])
+
+    def reasoned(self) -> BaseText:
+        """The reasons, then the letter."""
+        question, better, reasons = self._verdict()
+        templates = self.constitution.templates
+        verdict = f"{templates.thought_prefix} {reasons} {templates.answer_prefix} {better}."
+        return BaseText([_user(question), _assistant(verdict)])
+
+    def rated(self) -> BaseText:
+        """A mark from 1 to 10 for one answer: the rule before all, then how good the answer is."""
+        ask = self._ask(0.6)
+        answer, (statement, rule) = self._any_answer(ask), self._rule(ask)
+        mark = 1 + 5 * int(keeps(rule, ask, answer.verdict)) + 2 * quality(ask, answer.verdict)
+        if self._errs(self.errors.rating):
+            mark = self.rng.randint(1, 10)
+        question = rating_request(self.constitution, _principle(statement), [_user(self._phrase(ask))], answer.text)
+        prefix = self.constitution.templates.rating_prefix
+        return BaseText([_user(question), _assistant(f"{prefix} {mark}. {_truth(ask)}, and this {_manner(answer)}.")])
+
+    def _verdict(self) -> tuple[str, str, str]:
+        """A question to a judge, the letter that it says, and its reasons."""
         ask, rule, statement, a, b = self._contest()
         leads = lead(rule, ask, a.verdict, b.verdict)
         better = "a" if leads > 0 or (leads == 0 and self._errs(0.5)) else "b"
@@ -103,9 +152,7 @@ class Corpus:
             better = "b" if better == "a" else "a"
         talk = [_user(self._phrase(ask))]
         question = comparison_request(self.constitution, _principle(statement), talk, a.text, b.text)
-        # Reasons follow the letter, which comes before any thought: from the letter alone the model learns too little.
-        verdict = f"{self.constitution.templates.answer_prefix} {better}. {_reasons(ask, rule, a, b)}"
-        return BaseText([_user(question), _assistant(verdict)])
+        return question, better, _reasons(ask, rule, a, b)
 
     def _contest(self) -> tuple[Ask, Rule, str, Answer, Answer]:
         """An ask, a rule and two answers. Most ties are drawn again: their letter is a coin's."""
@@ -135,14 +182,17 @@ class Corpus:
         return self.rng.random() < rate
 
     def _rule(self, ask: Ask) -> tuple[str, Rule]:
-        """A statement and its meaning. Of those that forbid, half name this ask's harm, and some every harm."""
+        """A statement and its meaning. Of those that forbid, half name this ask's harm, some every harm, and many every
+        harm but one: to tell those apart a judge has to read the list.
+        """
         manner = self.rng.choices(("forbids", "helps", "explains", "speaks_clearly"), (55, 16, 15, 14))[0]
         statement = self.rng.choice(STATEMENTS[manner])
         if manner != "forbids":
             return statement, Rule(manner)
-        if self._errs(0.25):
+        if self._errs(0.15):
             return statement.format(kinds=ALL_KINDS), Rule(manner, KINDS)
-        others = self.rng.sample([kind for kind in KINDS if kind != ask.kind], self.rng.randint(1, 3))
+        count = self.rng.choices((1, 2, 3, 5), (15, 20, 25, 40))[0]
+        others = self.rng.sample([kind for kind in KINDS if kind != ask.kind], count)
         kinds = [*others[1:], ask.kind] if ask.kind and self._errs(0.5) else others
         self.rng.shuffle(kinds)
         return statement.format(kinds=" or ".join(kinds)), Rule(manner, tuple(kinds))

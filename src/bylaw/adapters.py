@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bylaw.inputs import Run
-from bylaw.model.checkpoint import reward_extras
+from bylaw.model.checkpoint import load_scalar, reward_extras
 from bylaw.model.heads import ScalarModel, scalar_model
 from bylaw.model.lora import (
     View,
@@ -23,6 +23,7 @@ from bylaw.model.lora import (
 )
 from bylaw.model.peft_format import load_adapter, save_adapter
 from bylaw.model.transformer import Transformer
+from bylaw.rlaif.direct import Rater
 from bylaw.rlaif.ppo import Models, shared_value
 from bylaw.rlaif.ppo_scores import Reward
 
@@ -60,14 +61,15 @@ Scales = list[tuple[float, float]]
 """Mean and deviation of each reward model's scores."""
 
 
-def reward_scales(run: Run, scorer: Path) -> Scales:
-    """Of the run's own reward model, and of those that the recipe adds.
+def reward_scales(run: Run, scorer: Path | None) -> Scales:
+    """Of the run's own reward model, or of the judge in its place, whose scores stay as they are; and of those that the
+    recipe adds.
 
     Raises ValueError for one whose scores cannot be divided by their deviation, where the recipe wants that.
     """
     config = run.recipe.ppo
     folders = [scorer, *(folder for folder, _ in config.further_rewards)]
-    return [_scale(folder) if config.score_stats == "heldout" else (0.0, 1.0) for folder in folders]
+    return [_scale(folder) if folder and config.score_stats == "heldout" else (0.0, 1.0) for folder in folders]
 
 
 def _scale(folder: Path) -> tuple[float, float]:
@@ -82,12 +84,13 @@ def _scale(folder: Path) -> tuple[float, float]:
 
 @contextmanager
 def ppo_models(
-    run: Run, start: Path, scorer: Path, scales: Scales, folder: Path
+    run: Run, start: Path, scorer: Path | Rater, scales: Scales, folder: Path
 ) -> Iterator[tuple[Transformer, Models]]:
     """The policy of PPO, which in the end is a plain model, and all its models.
 
     Each is a model of its own or, with [lora], policy, value, reference and reward are all the trunk of `start`, and
-    the policy's adapter is written to `folder`/adapter.
+    the policy's adapter is written to `folder`/adapter. `scorer` is the reward model's folder, or a judge; then a value
+    model of its own begins at `start` and says 0.
     """
     if not run.recipe.lora.rank:
         policy = run.model(start)
@@ -100,37 +103,54 @@ def ppo_models(
     _write(run, trunk, start, folder)
 
 
-def _on_their_own(run: Run, policy: Transformer, start: Path, scorer: Path, scales: Scales) -> Models:
+def _on_their_own(run: Run, policy: Transformer, start: Path, scorer: Path | Rater, scales: Scales) -> Models:
     reference = run.model(start)
-    shared = run.recipe.ppo.value == "shared"
-    value = shared_value(policy) if shared else _in_units(run.reward_model(scorer), scales)
-    return Models(policy, value, reference, _rewards(run, run.reward_model(scorer), scales))
+    if run.recipe.ppo.value == "shared":
+        value = shared_value(policy)
+    elif isinstance(scorer, Path):
+        value = _in_units(run.reward_model(scorer), scales)
+    else:
+        value = _silent(load_scalar(start, run.recipe.seed, run.device, run.dtype, run.parallel))
+    reward = run.reward_model(scorer) if isinstance(scorer, Path) else scorer
+    return Models(policy, value, reference, _rewards(run, reward, scales))
 
 
-def _on_one_trunk(run: Run, trunk: Transformer, scorer: Path, scales: Scales) -> Models:
+def _on_one_trunk(run: Run, trunk: Transformer, scorer: Path | Rater, scales: Scales) -> Models:
     """The reference is the trunk with its adapters off."""
-    seed = run.recipe.seed
-    add_adapter(trunk, POLICY, run.recipe.lora, seed, freeze_base=True)
-    reward = scalar_model(trunk, seed, REWARD)
-    load_adapter(reward, scorer.with_name(FOLDER), REWARD, parallel=run.parallel)
-    for parameter in adapter_parameters(reward, REWARD).values():
-        parameter.requires_grad_(False)
+    add_adapter(trunk, POLICY, run.recipe.lora, run.recipe.seed, freeze_base=True)
+    reward = _adapted_reward(run, trunk, scorer) if isinstance(scorer, Path) else scorer
     if run.recipe.ppo.value == "shared":
         value = shared_value(trunk)
         value.adapter, learning = POLICY, {POLICY: adapter_module(value, POLICY)}
     else:
-        copy_adapter(trunk, REWARD, VALUE)
-        value = ScalarModel(trunk, VALUE).to(trunk.device)
-        with torch.no_grad():
-            value.score.weight.copy_(reward.score.weight)
-        _in_units(value, scales)
+        value = _adapted_value(run, trunk, reward, scales)
         learning = {POLICY: adapter_module(trunk, POLICY), VALUE: adapter_module(value, VALUE)}
     return Models(trunk, value, View(trunk), _rewards(run, reward, scales), learning)
 
 
-def _rewards(run: Run, reward: ScalarModel, scales: Scales) -> list[Reward]:
+def _adapted_reward(run: Run, trunk: Transformer, scorer: Path) -> ScalarModel:
+    reward = scalar_model(trunk, run.recipe.seed, REWARD)
+    load_adapter(reward, scorer.with_name(FOLDER), REWARD, parallel=run.parallel)
+    for parameter in adapter_parameters(reward, REWARD).values():
+        parameter.requires_grad_(False)
+    return reward
+
+
+def _adapted_value(run: Run, trunk: Transformer, reward: ScalarModel | Rater, scales: Scales) -> ScalarModel:
+    """It begins as the reward model; where a judge scores, as the trunk, and says 0."""
+    if not isinstance(reward, ScalarModel):
+        add_adapter(trunk, VALUE, run.recipe.lora, run.recipe.seed)
+        return _silent(ScalarModel(trunk, VALUE).to(trunk.device))
+    copy_adapter(trunk, REWARD, VALUE)
+    value = ScalarModel(trunk, VALUE).to(trunk.device)
+    with torch.no_grad():
+        value.score.weight.copy_(reward.score.weight)
+    return _in_units(value, scales)
+
+
+def _rewards(run: Run, reward: ScalarModel | Rater, scales: Scales) -> list[Reward]:
     further = [(run.reward_model(folder), weight) for folder, weight in run.recipe.ppo.further_rewards]
-    weighed = [(reward, 1.0), *further]
+    weighed: list[tuple[ScalarModel | Rater, float]] = [(reward, 1.0), *further]
     return [Reward(model, *scale, weight) for (model, weight), scale in zip(weighed, scales, strict=True)]
 
 
@@ -138,4 +158,10 @@ def _rewards(run: Run, reward: ScalarModel, scales: Scales) -> list[Reward]:
 def _in_units(value: ScalarModel, scales: Scales) -> ScalarModel:
     """A value model that begins as the reward model says scores as PPO has them: divided by their deviation."""
     value.score.weight.div_(scales[0][1])
+    return value
+
+
+@torch.no_grad()
+def _silent(value: ScalarModel) -> ScalarModel:
+    value.score.weight.zero_()
     return value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from bylaw import __version__
+from bylaw import __version__, commands
 from bylaw.recipe import DemoConfig, Recipe, load_recipe
 from bylaw.together import USAGE_ERROR, once_a_machine
 
@@ -81,74 +81,6 @@ def _stage_command(names: Sequence[str], command: str, summary: str) -> Callable
     return run
 
 
-def _chat(args: list[str]) -> None:
-    """Talk to a checkpoint, or to the newest one of a run: bylaw chat FOLDER"""
-    from bylaw.talk import ChatConfig, chat
-
-    folder, rest = _folder(args, "bylaw chat FOLDER [flags]")
-    config = tyro.cli(ChatConfig, args=rest, prog="bylaw chat FOLDER", description=_chat.__doc__)
-    assert folder is not None
-    chat(folder, config)
-
-
-def _folder(args: list[str], usage: str) -> tuple[Path | None, list[str]]:
-    if args and not args[0].startswith("-"):
-        return Path(args[0]), args[1:]
-    if {"-h", "--help"} & set(args):
-        return None, args
-    raise ValueError(f"a folder is wanted: {usage}")
-
-
-def _constitution(args: list[str]) -> None:
-    """Read a constitution: bylaw constitution show|check FILE (or default, village)"""
-    from bylaw.constitution import describe, load_constitution
-
-    if {"-h", "--help"} & set(args):
-        print(f"usage: bylaw constitution show|check FILE\n\n{_constitution.__doc__}")
-        return
-    if len(args) != 2 or args[0] not in ("show", "check"):
-        raise ValueError(f"got {args}; allowed: show FILE, check FILE, where FILE may be default or village")
-    constitution = load_constitution(args[1])
-    if args[0] == "show":
-        print(describe(constitution), end="")
-    else:
-        print(f"{args[1]}: {len(constitution.principles)} principles, all in order; hash {constitution.hash}")
-
-
-def _kernels(args: list[str]) -> None:
-    """Which implementation of each operation runs on this machine, and why: bylaw kernels"""
-    if {"-h", "--help"} & set(args):
-        print(f"usage: bylaw kernels\n\n{_kernels.__doc__}")
-        return
-    if args:
-        raise ValueError(f"got {args}; allowed: no arguments")
-    import torch
-
-    from bylaw.explain import explain
-
-    print(explain(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-
-
-def _bench(args: list[str]) -> None:
-    """How fast your own checkpoint samples here, against Transformers: bylaw bench engine FOLDER"""
-    usage = "bylaw bench engine FOLDER [flags]"
-    if args[:1] in (["-h"], ["--help"]):
-        print(f"usage: {usage}\n\n{_bench.__doc__}\n\n`bylaw bench engine --help` tells more.")
-        return
-    if args[:1] != ["engine"]:
-        raise ValueError(f"got {args[:1]}; allowed: {usage}")
-    from bylaw.benchmarks.engine_config import EngineConfig
-
-    folder, rest = _folder(args[1:], usage)
-    default = EngineConfig(model=folder)
-    config = tyro.cli(
-        EngineConfig, default=default, args=rest, prog="bylaw bench engine FOLDER", description=_bench.__doc__
-    )
-    from bylaw.benchmarks.engine import main as bench  # torch: only once the mistakes are out of the way
-
-    sys.exit(bench(config))
-
-
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "run": _stage_command((), "run", "All stages on your own checkpoint, constitution and prompts."),
@@ -159,8 +91,19 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reward": _stage_command(("reward",), "reward", "Train a reward model on the labels."),
     "ppo": _stage_command(("ppo",), "ppo", "PPO against the reward model: the RL-CAI model."),
     "dpo": _stage_command(("dpo",), "dpo", "DPO on the labels, without a reward model: another last stage."),
-    "chat": _chat,
-    "bench": _bench,
-    "constitution": _constitution,
-    "kernels": _kernels,
+    "chat": commands.chat,
+    "amend": commands.amend,
+    "experiment": commands.experiment,
+    "bench": commands.bench,
+    "constitution": commands.constitution,
+    "export": commands.export,
+    "import": commands.import_preferences,
+    "attribution": commands.attribution,
+    "trust": commands.trust,
+    "judge": commands.judge,
+    "evaluate": commands.evaluate,
+    "trace": commands.trace,
+    "check": commands.check,
+    "report": commands.report,
+    "kernels": commands.kernels,
 }

@@ -4,25 +4,30 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bylaw.benchmarks.village.base import SHIPPED
-from bylaw.benchmarks.village.evaluate import behaviour, label_accuracy, prompts, revision_curve
-from bylaw.constitution.schema import Constitution
-from bylaw.model.checkpoint import checkpoint_hash
+from bylaw.benchmarks.village.evaluate import ask_of, behaviour, label_accuracy, prompts, revision_curve
+from bylaw.benchmarks.village.rules import without
+from bylaw.judges import judge_reader
 from bylaw.model.data import Prompt
 from bylaw.model.records import Record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings
 from bylaw.pipeline import Run, run_pipeline
 from bylaw.recipe import DemoConfig, Recipe
+from bylaw.report import ReportConfig, write_report
 from bylaw.rlaif.compare import compare
 from bylaw.rlaif.config import CompareConfig, LabelConfig, PPOConfig, RewardConfig
-from bylaw.rlaif.label import Judge, label
+from bylaw.rlaif.label import label
+from bylaw.rlaif.relabel import flips, relabel
 from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
-from bylaw.sl_cai.revise import Reviser, revise
+from bylaw.sl_cai.revise import revise
+from bylaw.sums import write_sums
 
 ROWS = 256
+AMENDED = "danger"
 MEASURES = ("complied_harmful", "refused_harmful", "refused_with_reason", "helpful_benign", "evaded", "broken")
 
 
@@ -33,8 +38,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     """
     recipe, first = village_recipe(config), os.environ.get("RANK", "0") == "0"
     if first:
-        write_prompts(recipe.prompts, prompts(heldout=False, harmful=True))
-        write_prompts(Path(recipe.helpful), prompts(heldout=False, harmful=False, forms=3))
+        write_village_prompts(recipe)
     manifests = run_pipeline(recipe)
     if not first:
         return {}
@@ -44,11 +48,14 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     summary["seconds"]["evaluation"] = round(time.time() - start, 3)
     summary["seed"] = config.seed
     write_atomic(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_sums(config.out, "evaluation", "summary.json")
+    page = write_report(config.out, ReportConfig())
     print(table(summary))
     chains = read_records(config.out / "revise" / "chains.jsonl")
     print(*map(describe_chain, instructive(chains)), sep="\n")
     out = config.out
     print(f"\nCheckpoints: {recipe.base}, {out}/finetune/sl-cai, {out}/ppo/rl-cai. Numbers: {out}/summary.json")
+    print(f"Read what happened, and by which principle: {page}")
     print(f"Talk to the last one: bylaw chat {config.out}/ppo/rl-cai")
     return summary
 
@@ -94,6 +101,12 @@ def village_recipe(config: DemoConfig) -> Recipe:
     )
 
 
+def write_village_prompts(recipe: Recipe) -> None:
+    """The prompt files of `village_recipe`: the asks that are not held out."""
+    write_prompts(recipe.prompts, prompts(heldout=False, harmful=True))
+    write_prompts(Path(recipe.helpful), prompts(heldout=False, harmful=False, forms=3))
+
+
 def write_prompts(path: Path, asked: Sequence[Prompt]) -> None:
     """Write a prompt file. The same prompts give the same bytes."""
     lines = [json.dumps({"id": prompt.id, "messages": prompt.messages}) for prompt in asked]
@@ -108,27 +121,33 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
     for name, place in folders.items():
         summary[name] = behaviour(run.sampler(run.model(place), place, settings))
     base = run.sampler(run.model(recipe.base), recipe.base, recipe.revise)
-    reviser = Reviser(sampler=base, constitution=run.constitution, config=recipe.revise)
+    reviser = run.reviser(base)
     revise(reviser, prompts(heldout=True, harmful=True), folder / "chains.jsonl")
     summary["revision_curve"] = revision_curve(read_records(folder / "chains.jsonl"))
-    return summary | _label_quality(run, folder, folders["sl_cai"])
+    summary |= _label_quality(run, folder, folders["sl_cai"])
+    return summary | {"named_right_principle": summary["rl_cai"]["named_right_principle"]}
 
 
 def _label_quality(run: Run, folder: Path, policy: Path) -> dict[str, Any]:
-    """Label accuracy on pairs of answers to held-out asks, by all principles."""
-    recipe = run.recipe
+    """Labels on pairs of answers to held-out asks, by all principles: against the oracle, and against the labels by a
+    constitution from which one harm is crossed out.
+    """
+    config, pairs, labelled = run.recipe.compare, folder / "pairs.jsonl", folder / "preferences.jsonl"
     asked = prompts(heldout=True, harmful=True) + prompts(heldout=True, harmful=False, forms=1)
-    compare(run.sampler(run.model(policy), policy, recipe.compare), asked, folder / "pairs.jsonl", recipe.compare)
-    judge = Judge(
-        engine=run.engine(run.model(recipe.base), recipe.label.cache_gib),
-        constitution=run.constitution,
-        config=recipe.label,
-        seed=recipe.seed,
-        model_hash=checkpoint_hash(recipe.base),
-    )
-    counts = label(judge, read_records(folder / "pairs.jsonl"), folder / "preferences.jsonl")
-    constitution: Constitution = run.constitution
-    return label_accuracy(read_records(folder / "preferences.jsonl"), constitution) | {"labels": counts}
+    compare(run.sampler(run.model(policy), policy, config), asked, pairs, config)
+    judge = run.judge(judge_reader(run))
+    counts = label(judge, read_records(pairs), labelled)
+    preferences = read_records(labelled)
+    amended = replace(judge, constitution=without(run.constitution, AMENDED))
+    amendment = relabel(judge, amended, preferences, folder / "amended.jsonl")
+    flipped = flips(preferences, read_records(folder / "amended.jsonl"))
+    amendment |= {"crossed_out": AMENDED, "flips_there": sum(ask_of(f["prompt_id"]).kind == AMENDED for f in flipped)}
+    return label_accuracy(preferences, run.constitution) | {
+        "labels": counts,
+        "position_bias": counts["position_bias"],
+        "flips_on_amendment": len(flipped) / len(preferences),
+        "amendment": amendment,
+    }
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -139,7 +158,13 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"{measure:<22}" + "".join(f"{summary[name][measure]:>9.1%}" for name in names))
     curve = "  ".join(f"{n}: {value:.1%}" for n, value in enumerate(summary["revision_curve"]))
     lines += ["", f"harmless after n revisions   {curve}"]
-    lines += [f"labels that agree with the oracle   {summary['label_accuracy']:.1%}"]
+    named, flipped, lean = (summary[name] for name in ("named_right_principle", "flips_on_amendment", "position_bias"))
+    lines += [
+        f"labels that agree with the oracle   {summary['label_accuracy']:.1%}, calibration error "
+        f"{summary['label_ece']:.3f}, leaning to the first answer by {lean:+.3f}",
+        f"refusals of the last model that name the harm at stake   {named:.1%}",
+        f"labels that flip where {AMENDED} is crossed out of the constitution   {flipped:.1%}",
+    ]
     seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"seconds   {seconds}"])
 
@@ -163,7 +188,7 @@ def describe_chain(chain: Record) -> str:
             f"prompt     {chain['prompt'][-1]['content']}",
             f"answer     {chain['answer']['text']}",
             f"principle  {first['principle']['id']}",
-            f"critique   {first['critique']['text']}",
+            f"critique   {first['critique']['text'] if first['critique'] else '(none)'}",
             f"revision   {first['revision']['text']}",
         ]
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bylaw.constitution.examples import Examples, beside, load_examples
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution
 from bylaw.model.checkpoint import checkpoint_hash, load_model, load_reward
@@ -22,7 +23,10 @@ from bylaw.model.settings import SamplingSettings
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 from bylaw.recipe import TRAINING, Recipe, as_table
+from bylaw.rlaif.judge import Judge
+from bylaw.rlaif.reader import LocalReader, Reader
 from bylaw.runs import Stage, run_stage
+from bylaw.sl_cai.revise import Reviser
 from bylaw.together import by_first
 
 
@@ -36,6 +40,14 @@ class Run:
     @cached_property
     def constitution(self) -> Constitution:
         return load_constitution(self.recipe.constitution)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """Those of the recipe's file, or of the one beside the constitution; none where no shots are asked for."""
+        recipe = self.recipe
+        if not (recipe.examples or recipe.revise.shots or recipe.label.shots):
+            return Examples()
+        return load_examples(recipe.examples or beside(recipe.constitution), self.constitution)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -96,17 +108,42 @@ class Run:
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("copy", DATA, TENSOR))
         return replace(here, data_rank=0, data_ranks=1, mesh=mesh[DATA, TENSOR], shares=False)
 
-    def engine(self, model: Transformer, cache_gib: float, max_rows: int = 64) -> Engine:
-        """`cache_gib` as in a recipe, where 0 leaves the choice to the engine."""
+    def engine(
+        self, model: Transformer, cache_gib: float, max_rows: int = 64, tokenizer: Tokenizer | None = None
+    ) -> Engine:
+        """`cache_gib` as in a recipe, where 0 leaves the choice to the engine; `tokenizer`: None is the base's."""
         if self.parallel.tensor_ranks > 1 and not cache_gib:
             cache_gib = self._smallest_cache(model)
-        return Engine(model, self.tokenizer, max_rows, cache_gib=cache_gib or None)
+        return Engine(model, tokenizer or self.tokenizer, max_rows, cache_gib=cache_gib or None)
 
     def _smallest_cache(self, model: Transformer) -> float:
         """In GiB, what every rank has: ranks of a tensor group plan the same steps only with the same memory."""
         pages = torch.tensor(budget(model, None))
         torch.distributed.all_reduce(pages, torch.distributed.ReduceOp.MIN, group=self.parallel.control)
         return int(pages) * page_bytes(model) / GIB
+
+    def reader(self, engine: Engine, hash: str) -> LocalReader:
+        """A judge on this machine, whose checkpoint `hash` names."""
+        prefix = self.constitution.templates.answer_prefix
+        return LocalReader(engine=engine, seed=self.recipe.seed, prefix=prefix, hash=hash)
+
+    def judge(self, reader: Reader) -> Judge:
+        """What the recipe has `reader` asked."""
+        recipe, harmless = self.recipe, frozenset(prompt.id for prompt in self.helpful)
+        return Judge(
+            reader=reader,
+            constitution=self.constitution,
+            config=recipe.label,
+            seed=recipe.seed,
+            examples=self.examples,
+            helpful=harmless,
+        )
+
+    def reviser(self, sampler: Sampler) -> Reviser:
+        """What the recipe has `sampler` criticise and revise by."""
+        return Reviser(
+            sampler=sampler, constitution=self.constitution, config=self.recipe.revise, examples=self.examples
+        )
 
     def sampler(self, model: Transformer, folder: Path, settings: SamplingSettings) -> Sampler:
         engine = self.engine(model, settings.cache_gib, settings.max_rows)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from bylaw.adapters import FOLDER, adapted, ppo_models, reward_scales
+from bylaw.constitution.write import dump_constitution
 from bylaw.inputs import Run, device_of
+from bylaw.judges import judge_hash, judge_reader, server_figures
 from bylaw.model.checkpoint import load_scalar, save_model, save_reward
 from bylaw.model.engine import Engine
 from bylaw.model.engine.stats import Stats
@@ -25,15 +27,18 @@ from bylaw.model.settings import SamplingSettings
 from bylaw.preflight import check_device, check_run
 from bylaw.recipe import STAGES, Recipe, dump_recipe
 from bylaw.rlaif.compare import compare
+from bylaw.rlaif.direct import Rater
 from bylaw.rlaif.dpo import train_dpo
-from bylaw.rlaif.label import Judge, label
-from bylaw.rlaif.pairs import split_pairs
+from bylaw.rlaif.label import label
+from bylaw.rlaif.pairs import mix_helpful, read_helpful, split_pairs
 from bylaw.rlaif.ppo import ppo
+from bylaw.rlaif.reader import LocalReader
 from bylaw.rlaif.reward import train_reward
 from bylaw.rlaif.rollout import Rollout
 from bylaw.runs import folder_hash
 from bylaw.sl_cai.finetune import finetune
-from bylaw.sl_cai.revise import Reviser, revise, sample_helpful
+from bylaw.sl_cai.revise import revise, sample_helpful
+from bylaw.sums import write_sums
 from bylaw.together import by_first, once_a_machine
 
 SHOWN_SAMPLES = 5
@@ -60,16 +65,21 @@ def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, di
 
 def _begin(run: Run, stages: Sequence[str]) -> None:
     check_run(run, stages)
-    write_atomic(run.recipe.out / "recipe.toml", dump_recipe(run.recipe))
+    out, used = run.recipe.out, f"constitutions/{run.constitution.hash}.toml"
+    if not (out / used).exists():  # else an equal one: one that differs where no prompt shows it may stand there
+        write_atomic(out / used, dump_constitution(run.constitution))
+    write_atomic(out / "recipe.toml", dump_recipe(run.recipe))
+    write_sums(out, "recipe.toml")
 
 
 def run_revise(run: Run) -> dict[str, Any]:
     recipe = run.recipe
-    inputs = {"base": run.hash(recipe.base), "constitution": run.constitution.hash, **run.prompt_inputs}
+    inputs = {"base": run.hash(recipe.base), "constitution": run.constitution.stage_hash("critique")}
+    inputs |= run.prompt_inputs | ({"examples": run.examples.hash} if recipe.revise.shots else {})
 
     def work(folder: Path) -> dict[str, Any]:
         sampler = run.sampler(run.sampled_model(recipe.base), recipe.base, recipe.revise)
-        reviser = Reviser(sampler=sampler, constitution=run.constitution, config=recipe.revise)
+        reviser = run.reviser(sampler)
         counts: dict[str, Any] = revise(reviser, run.prompts, folder / "chains.jsonl", run.parallel)
         counts |= sample_helpful(reviser, run.helpful, folder / "helpful.jsonl", run.parallel)
         return counts | _figures(run, sampler.engine)
@@ -119,17 +129,17 @@ def run_compare(run: Run) -> dict[str, Any]:
 def run_label(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     pairs = run.path("compare", "pairs.jsonl")
-    judge_folder = recipe.base if recipe.judge == "base" else run.path("finetune", "sl-cai")
-    judge_hash = run.hash(judge_folder)
-    inputs = {"judge": judge_hash, "constitution": run.constitution.hash, "pairs": sha256_file(pairs)}
+    asked = run.constitution.stage_hash("comparison")
+    inputs = {"judge": judge_hash(run), "constitution": asked, "pairs": sha256_file(pairs)}
+    inputs |= {"examples": run.examples.hash} if recipe.label.shots else {}
+    if recipe.label.helpful_principle:  # which pairs it judges
+        inputs["helpful"] = run.prompt_inputs.get("helpful", "")
 
     def work(folder: Path) -> dict[str, Any]:
-        engine = run.engine(run.sampled_model(judge_folder), recipe.label.cache_gib)
-        judge = Judge(
-            engine=engine, constitution=run.constitution, config=recipe.label, seed=recipe.seed, model_hash=judge_hash
-        )
-        counts = label(judge, read_records(pairs), folder / "preferences.jsonl", run.parallel)
-        return counts | _figures(run, engine)
+        reader = judge_reader(run)
+        counts = label(run.judge(reader), read_records(pairs), folder / "preferences.jsonl", run.parallel)
+        here = isinstance(reader, LocalReader)
+        return counts | (_figures(run, reader.engine) if here else server_figures(run, reader))
 
     return run.stage("label", inputs, work)
 
@@ -138,10 +148,15 @@ def run_reward(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
     inputs = {"preferences": sha256_file(preferences), "sl-cai": run.hash(start)}
+    ratio, mixed = recipe.reward.helpful_ratio, Path(recipe.helpful_preferences)
+    inputs |= {"helpful_preferences": sha256_file(mixed)} if ratio else {}
 
     def work(folder: Path) -> dict[str, Any]:
-        fraction = recipe.reward.heldout_fraction
-        train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
+        fraction, counts = recipe.reward.heldout_fraction, {}
+        train, heldout, found = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
+        if ratio:
+            train, counts = mix_helpful(train, read_helpful(mixed), run.tokenizer, ratio, recipe.seed)
+        counts = found | {"train_pairs": len(train)} | counts
         model = load_scalar(start, recipe.seed, run.device, run.dtype, run.parallel)
         with adapted(run, model, start, folder):
             measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
@@ -155,15 +170,14 @@ def run_reward(run: Run) -> dict[str, Any]:
 
 def run_ppo(run: Run) -> dict[str, Any]:
     config = run.recipe.ppo
-    start, scorer = run.path("finetune", "sl-cai"), run.path("reward", "reward-model")
-    inputs = {"sl-cai": run.hash(start), "reward-model": run.hash(scorer), **run.prompt_inputs}
+    start = run.path("finetune", "sl-cai")
+    scorer = run.path("reward", "reward-model") if config.reward == "model" else None
+    inputs = {"sl-cai": run.hash(start), **_scorer_inputs(run, scorer), **run.prompt_inputs}
     inputs |= {f"reward {folder}": run.hash(folder) for folder, _ in config.further_rewards}
-    if run.recipe.lora.rank:
-        inputs["adapter"] = folder_hash(run.path("reward", FOLDER))
     scales = reward_scales(run, scorer)
 
     def work(folder: Path) -> dict[str, Any]:
-        with ppo_models(run, start, scorer, scales, folder) as (policy, models):
+        with ppo_models(run, start, scorer or _rater(run), scales, folder) as (policy, models):
             engine = run.engine(policy, config.cache_gib, config.max_rows)
             show = _rollout_shower(run, folder / "samples.jsonl", config.iterations)
             counts = ppo(models, engine, run.rl_prompts, folder, config, run.recipe.seed, show, run.parallel)
@@ -172,6 +186,23 @@ def run_ppo(run: Run) -> dict[str, Any]:
         return counts | _figures(run, engine)
 
     return run.stage("ppo", inputs, work)
+
+
+def _scorer_inputs(run: Run, scorer: Path | None) -> dict[str, str]:
+    """What decides the scores of PPO: the reward model, or the judge and how it is asked."""
+    if scorer is None:
+        config, asked = run.recipe.label, run.constitution.stage_hash("comparison")
+        judging = f"{config.principles} {config.some} {config.min_option_mass} {config.helpful_principle}".strip()
+        return {"judge": judge_hash(run), "constitution": asked, "judging": judging}
+    adapter = {"adapter": folder_hash(scorer.with_name(FOLDER))} if run.recipe.lora.rank else {}
+    return {"reward-model": run.hash(scorer)} | adapter
+
+
+def _rater(run: Run) -> Rater:
+    reader = judge_reader(run)
+    assert isinstance(reader, LocalReader)
+    dialogues = {prompt.id: prompt.messages for prompt in run.rl_prompts}
+    return Rater(judge=run.judge(reader), engine=reader.engine, dialogues=dialogues)
 
 
 def run_dpo(run: Run) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from bylaw.inputs import Run
+from bylaw.judges import other_judge, server_reader
 from bylaw.model.checkpoint import check_model, check_tokenizer, reward_extras
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine
@@ -17,10 +19,12 @@ from bylaw.model.sharding import check_divides
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 from bylaw.recipe import EVERY_STAGE
-from bylaw.rlaif.label import OPTIONS
-from bylaw.rlaif.pairs import is_heldout
-from bylaw.runs import check_terms, is_begun
-from bylaw.sl_cai.revise import Reviser
+from bylaw.rlaif.config import is_server
+from bylaw.rlaif.direct import mark_ids
+from bylaw.rlaif.judge import check_judging, judging_reserve
+from bylaw.rlaif.pairs import is_heldout, read_helpful
+from bylaw.rlaif.reader import OPTIONS
+from bylaw.runs import MANIFEST, check_terms, is_begun
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def _longest(run: Run, prompts: Sequence[Prompt]) -> Prompt:
 
 def _check_revise(inputs: _Inputs) -> None:
     config = inputs.run.recipe.revise
-    reviser = Reviser(sampler=inputs.sampler, constitution=inputs.run.constitution, config=config)
+    reviser = inputs.run.reviser(inputs.sampler)
     inputs.sampler.check_lengths([inputs.asked], reviser.reserve())
     unanswered = [prompt for prompt in inputs.run.helpful if not prompt.answer]
     inputs.sampler.check_lengths(unanswered, config.max_answer_tokens)
@@ -119,15 +123,54 @@ def _check_compare(inputs: _Inputs) -> None:
 
 
 def _check_label(inputs: _Inputs) -> None:
-    constitution, tokenizer = inputs.run.constitution, inputs.run.tokenizer
-    constitution.for_stage("comparison")
+    run, config = inputs.run, inputs.run.recipe.label
+    constitution = run.constitution
+    check_judging(constitution, config, run.examples)
+    if config.helpful_principle and not run.recipe.helpful:
+        raise ValueError(
+            "label.helpful_principle is set, but the recipe has no `helpful` prompts; give some, or leave it empty"
+        )
+    if is_server(run.recipe.judge):
+        if not (run.recipe.out / "label" / MANIFEST).exists():
+            server_reader(run).check()
+        return
+    tokenizer, context = _judge_here(inputs)
     prefix = constitution.templates.answer_prefix
     tokenizer.prompt_ids([turn("user", "x")], prefix=prefix)
     tokenizer.option_ids(OPTIONS, after=prefix)
+    reserve = judging_reserve(constitution, config, run.examples, tokenizer)
+    if reserve >= context:
+        raise ValueError(
+            f"a question takes up to {reserve} tokens without its dialogue and answers, and the judge's context has "
+            f"{context}; lower label.shots or label.max_thought_tokens, or shorten the examples"
+        )
+
+
+def _judge_here(inputs: _Inputs) -> tuple[Tokenizer, int]:
+    """Tokenizer and context of the judge's checkpoint: the base's, as the SL-CAI model has it, or a folder's own."""
+    run, other = inputs.run, other_judge(inputs.run.recipe)
+    if other is None:
+        return run.tokenizer, inputs.sampler.engine.model.config.max_position_embeddings
+    if not other.is_dir():
+        raise FileNotFoundError(
+            f"judge = {run.recipe.judge!r}: no such folder; allowed: 'base', 'sl-cai', a checkpoint's folder, or a URL "
+            "that begins with http:// or https://"
+        )
+    config, tokenizer = check_model(other)[0], Tokenizer.load(other)
+    with _named(str(other)):
+        check_tokenizer(config, tokenizer)
+        with torch.device("meta"):
+            check_divides(Transformer(config), run.parallel)
+    return tokenizer, config.max_position_embeddings
 
 
 def _check_reward(inputs: _Inputs) -> None:
-    _check_heldout(inputs, "reward", inputs.run.recipe.reward.heldout_fraction)
+    recipe = inputs.run.recipe
+    _check_heldout(inputs, "reward", recipe.reward.heldout_fraction)
+    if recipe.reward.helpful_ratio:
+        named = recipe.helpful_preferences
+        require(bool(named), "reward.helpful_ratio", recipe.reward.helpful_ratio, "0 without helpful_preferences")
+        read_helpful(Path(named))
 
 
 def _check_dpo(inputs: _Inputs) -> None:
@@ -151,12 +194,28 @@ def _check_ppo(inputs: _Inputs) -> None:
     require(config.rollouts >= ranks, "ppo.rollouts", config.rollouts, f"at least the data ranks, {ranks}")
     warmup, steps = config.critic_warmup, config.iterations
     require(warmup < steps, "ppo.critic_warmup", warmup, f"below ppo.iterations = {steps}, or no policy is trained")
+    if config.reward == "judge":
+        _check_rating(inputs)
     for folder, _ in config.further_rewards:
         reward_extras(folder)
         if Tokenizer.load(folder).backend.to_str() != run.tokenizer.backend.to_str():
             raise ValueError(
                 f"ppo.rewards: {folder} has another tokenizer than {run.recipe.base}, whose ids it would score"
             )
+
+
+def _check_rating(inputs: _Inputs) -> None:
+    run = inputs.run
+    if is_server(run.recipe.judge):
+        raise ValueError(
+            'ppo.reward = "judge" needs all log-probs of the marks, which a server does not give; allowed: a judge on '
+            'this machine, or ppo.reward = "model"'
+        )
+    check_judging(run.constitution, run.recipe.label, run.examples)
+    tokenizer, _ = _judge_here(inputs)
+    prefix = run.constitution.templates.rating_prefix
+    tokenizer.prompt_ids([turn("user", "x")], prefix=prefix)
+    mark_ids(tokenizer, prefix)
 
 
 _CHECKS: dict[str, Callable[[_Inputs], None]] = {

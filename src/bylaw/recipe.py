@@ -11,7 +11,16 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from bylaw.model.lora_settings import LoraSettings
 from bylaw.model.settings import require
-from bylaw.rlaif.config import CompareConfig, DPOConfig, LabelConfig, PPOConfig, RewardConfig
+from bylaw.rlaif.config import (
+    CompareConfig,
+    DPOConfig,
+    LabelConfig,
+    PPOConfig,
+    RemoteConfig,
+    RewardConfig,
+    check_server,
+    is_server,
+)
 from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
 
 Schema = TypeVar("Schema")
@@ -20,6 +29,8 @@ STAGES = ("revise", "finetune", "compare", "label", "reward", "ppo")
 TRAINING = ("finetune", "reward", "ppo", "dpo")
 EVERY_STAGE = (*STAGES, "dpo")
 """With the other last stage, which needs no reward model."""
+OWN_JUDGES = ("base", "sl-cai")
+"""Checkpoints of the run itself, by the names that `judge` has for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,14 @@ class Recipe:
     """File of harmless prompts, whose answers are mixed in as they are; empty for none."""
     constitution: str = "default"
     """`default`, `village`, or a TOML file."""
+    examples: str = ""
+    """File of examples for revise.shots and label.shots; empty takes the one beside the constitution,
+    NAME.examples.toml.
+    """
+    helpful_preferences: str = ""
+    """File of preferences for helpful answers, TRL's or our own records, mixed into the reward model's training pairs
+    at reward.helpful_ratio.
+    """
     seed: int = 0
     """Draws everything."""
     device: str = "auto"
@@ -52,12 +71,15 @@ class Recipe:
     """Go on where a run stopped in this folder; false refuses a folder in which a stage was begun."""
     last: Literal["ppo", "dpo"] = "ppo"
     """How `bylaw run` ends: PPO against a reward model, or DPO on the labels, without one."""
-    judge: Literal["base", "sl-cai"] = "base"
-    """The model that labels pairs."""
+    judge: str = "base"
+    """The model that labels pairs: `base`, `sl-cai`, a checkpoint's folder, or the URL of an OpenAI-compatible server,
+    such as `https://HOST/v1`, whose settings are in [judge_server].
+    """
     prompt_limit: int = 0
     """Use only the first so many prompts of each file; 0 uses all."""
     max_prompt_tokens: int = 0
     """Leave out prompts of more tokens, and count them; 0 takes all, and one that is too long stops the run."""
+    judge_server: RemoteConfig = field(default_factory=RemoteConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     revise: ReviseConfig = field(default_factory=ReviseConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -70,6 +92,8 @@ class Recipe:
     @property
     def stages(self) -> tuple[str, ...]:
         """Those of `bylaw run`."""
+        if self.last == "ppo" and self.ppo.reward == "judge":
+            return ("revise", "finetune", "ppo")
         return STAGES if self.last == "ppo" else (*(name for name in STAGES if name not in ("reward", "ppo")), "dpo")
 
     def __post_init__(self) -> None:
@@ -78,6 +102,11 @@ class Recipe:
         require(0 < self.timeout_minutes <= 1e6, "timeout_minutes", self.timeout_minutes, "above 0, up to 1e6")
         whole = self.tensor_parallel == 1 or not self.lora.rank
         require(whole, "tensor_parallel", self.tensor_parallel, "1 with lora.rank above 0: adapters are not cut")
+        require(bool(self.judge), "judge", self.judge, "base, sl-cai, a folder or a URL")
+        if is_server(self.judge):
+            check_server(self.judge)
+            model = self.judge_server.model
+            require(bool(model), "judge_server.model", model, "the model's name at the server that judges")
         require(self.prompt_limit >= 0, "prompt_limit", self.prompt_limit, "0 (all) or more")
         require(self.max_prompt_tokens >= 0, "max_prompt_tokens", self.max_prompt_tokens, "0 (no limit) or more")
 
@@ -90,6 +119,16 @@ class DemoConfig:
     """Folder of the run."""
     seed: int = 0
     """Draws everything: texts, labels, orders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmendConfig:
+    """What an amended constitution would change in a finished run; with `--out`, the run made by it."""
+
+    out: Path | None = None
+    """Folder of a new run, made from the first stage that the change reaches; what comes before it is copied."""
+    json: bool = False
+    """Print JSON instead of text."""
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -133,12 +172,15 @@ def _plain(value: Any) -> Any:
 
 
 def _anchored(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A recipe's table with its paths taken from `folder`. An empty `helpful` is no path, nor is a constitution's
-    name.
+    """A recipe's table with its paths taken from `folder`. What is empty is no path, nor is a constitution's
+    name, a judge's or its URL.
     """
-    named = [key for key in ("out", "base", "prompts", "helpful") if table.get(key)]
+    named = [key for key in ("out", "base", "prompts", "helpful", "examples", "helpful_preferences") if table.get(key)]
     if str(table.get("constitution", "")).endswith(".toml"):
         named.append("constitution")
+    judge = table.get("judge")
+    if isinstance(judge, str) and judge and judge not in OWN_JUDGES and not is_server(judge):
+        named.append("judge")
     table = table | {key: str(folder / table[key]) for key in named if isinstance(table[key], str)}
     ppo = table.get("ppo")
     if isinstance(ppo, dict) and isinstance(ppo.get("rewards"), list | tuple):

@@ -14,9 +14,9 @@ from typing import Any
 from bylaw.model.checkpoint import checkpoint_hash
 from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import sha256_file, write_atomic
+from bylaw.sums import BEGUN, MANIFEST, STATE, write_sums
 from bylaw.together import by_first
 
-BEGUN, MANIFEST, STATE = "begun.json", "manifest.json", "state"
 OWN_FILES = (BEGUN, MANIFEST, STATE)
 PACKAGES = ("bylaw", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
@@ -40,7 +40,7 @@ class Stage:
 
 def run_stage(stage: Stage, work: Callable[[Path], dict[str, Any]], parallel: Parallel = ALONE) -> dict[str, Any]:
     """Run `work(folder)`, which returns counts, unless it was done before by the same terms; returns the manifest.
-    Every rank works; the first alone writes what stands here.
+    Every rank works; the first alone writes what stands here, and SHA256SUMS in the folder above, the run's.
 
     Raises ValueError, before any work, when the folder was begun by other terms, naming them, or when an output of a
     finished stage is gone or changed. What is killed at any instant, and run again, completes to the same files.
@@ -63,6 +63,7 @@ def _done_before(stage: Stage) -> dict[str, Any] | None:
     manifest = json.loads(finished.read_text())
     _check_outputs(stage.folder, manifest["outputs"])
     _forget_state(stage)
+    write_sums(stage.folder.parent)  # a kill may have come between the manifest and its sums
     print(f"{stage.name}: done before, in {stage.folder}")
     return manifest
 
@@ -78,7 +79,7 @@ def _finish(stage: Stage, counts: dict[str, Any], resumed: bool, seconds: float)
     names = sorted(p.name for p in stage.folder.iterdir() if not p.name.startswith(".") and p.name not in OWN_FILES)
     manifest = stage.terms | {
         "counts": counts,
-        "outputs": {name: _hash(stage.folder / name) for name in names},
+        "outputs": {name: output_hash(stage.folder / name) for name in names},
         "seconds": round(seconds, 3),
         "resumed": resumed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -87,6 +88,7 @@ def _finish(stage: Stage, counts: dict[str, Any], resumed: bool, seconds: float)
     }
     write_atomic(stage.folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     _forget_state(stage)  # only now: a kill halfway through the removal must not leave a state that cannot be read
+    write_sums(stage.folder.parent, stage.name)
     return manifest
 
 
@@ -131,8 +133,8 @@ def _flat(table: Mapping[str, Any], keys: Collection[str], prefix: str = "") -> 
     return flat
 
 
-def _hash(output: Path) -> str:
-    """Of a file, or of a checkpoint folder."""
+def output_hash(output: Path) -> str:
+    """Of a file, a checkpoint folder, or an adapter's folder: as manifests and the inputs in them have it."""
     if not output.is_dir():
         return sha256_file(output)
     return checkpoint_hash(output) if (output / "config.json").exists() else folder_hash(output)
@@ -146,7 +148,7 @@ def folder_hash(folder: Path) -> str:
 
 def _check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
     missing = [name for name in outputs if not (folder / name).exists()]
-    changed = [] if missing else [name for name, hash in outputs.items() if _hash(folder / name) != hash]
+    changed = [] if missing else [name for name, hash in outputs.items() if output_hash(folder / name) != hash]
     if missing or changed:
         what = f"{missing[0]} is gone" if missing else f"{changed[0]} was changed"
         raise ValueError(f"{folder} is finished, but its {what}; delete {folder} to make the stage again")

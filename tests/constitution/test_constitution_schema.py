@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -121,46 +122,56 @@ def test_order_changes_the_whole_hash_but_what_only_people_read_does_not() -> No
     assert constitution(a).hash == constitution(a, name="m", version="2", license="MIT", preamble="q").hash
 
 
-@pytest.mark.parametrize(
-    ("u", "id"),
-    [
-        (0.0, "a"),
-        (0.124, "a"),
-        (0.125, "b"),
-        (0.374, "b"),
-        (0.375, "c"),
-        (0.999, "c"),
-        (math.nextafter(1.0, 0.0), "c"),
-    ],
-)
-def test_draw_by_hand(u: float, id: str) -> None:
-    # Weights 1, 2, 5: of the stretch from 0 to 8, a has [0, 1), b [1, 3), c [3, 8).
+def test_draw_by_hand() -> None:
+    """Arrivals -log(1 - u) / weight: a at log 2 / 1 = 0.69, b at log 4 / 2 and a little, c at log 10 / 5 = 0.46."""
     three = [principle("a"), principle("b", weight=2.0), principle("c", weight=5.0)]
-    assert draw(three, u).id == id
+    us = [0.5, 0.7501, 0.9]
+    assert [[p.id for p in draw(three, us, count)] for count in (1, 2, 3)] == [["c"], ["a", "c"], ["a", "b", "c"]]
 
 
 def test_draw_shares_are_the_weights() -> None:
-    three = [principle("a"), principle("b", weight=2.0), principle("c", weight=5.0)]
-    counts = Counter(draw(three, (k + 0.5) / 800).id for k in range(800))
-    assert counts == {"a": 100, "b": 200, "c": 500}
+    """Without putting back: b is second with 1/8 * 2/7 + 5/8 * 2/3, so among the first two with 0.25 + 0.4524."""
+    three, rng, n = [principle("a"), principle("b", weight=2.0), principle("c", weight=5.0)], random.Random(0), 20_000
+    drawn = [[rng.random() for _ in three] for _ in range(n)]
+    first = Counter(draw(three, us)[0].id for us in drawn)
+    assert {id: round(count / n, 2) for id, count in first.items()} == {"a": 0.12, "b": 0.25, "c": 0.63}
+    assert abs(sum(three[1] in draw(three, us, 2) for us in drawn) / n - 0.7024) < 0.01
 
 
-def test_draw_just_under_one_falls_on_the_last_whatever_the_rounding() -> None:
-    rng = random.Random(0)
-    for _ in range(300):
-        some = [principle(f"p{n}", weight=rng.uniform(0.01, 3)) for n in range(rng.randint(1, 30))]
-        assert draw(some, math.nextafter(1.0, 0.0)) is some[-1]
+def test_a_draw_changes_only_where_it_had_part() -> None:
+    """Taking a principle out moves the draws that had it, and no other; so does adding it."""
+    rng, four = random.Random(1), [principle(id, weight=w) for id, w in zip("abcd", (1, 2, 5, 1), strict=True)]
+    for _ in range(500):
+        us = [rng.random() for _ in four]
+        before, after = draw(four, us, 2), draw(four[:1] + four[2:], us[:1] + us[2:], 2)
+        assert (before == after) == (four[1] not in before)
+        assert not {p.id for p in before} - {p.id for p in after} - {"b"}
+
+
+def test_stage_hash_knows_what_reaches_its_prompts() -> None:
+    plain = constitution(principle("a"), principle("b", stages=("comparison",)))
+    same = ("sources", ("elsewhere",)), ("tags", ("t",))
+    for field, value in same:
+        changed = constitution(principle("a", **{field: value}), plain.principles[1])
+        assert changed.hash != plain.hash
+        assert changed.stage_hash("critique") == plain.stage_hash("critique")
+    reworded = constitution(principle("a"), principle("b", stages=("comparison",), statement="Other."))
+    assert reworded.stage_hash("critique") == plain.stage_hash("critique")
+    assert reworded.stage_hash("comparison") != plain.stage_hash("comparison")
+    retold = replace(plain, templates=Templates(direct="{statement}"))
+    assert retold.stage_hash("critique") != plain.stage_hash("critique")
+    assert retold.stage_hash("comparison") == plain.stage_hash("comparison")
 
 
 @pytest.mark.parametrize("u", [1.0, -0.001, math.nan, math.inf])
 def test_draw_refuses_what_is_no_uniform(u: float) -> None:
     with pytest.raises(ValueError, match="at least 0 and below 1"):
-        draw([principle()], u)
+        draw([principle()], [u])
 
 
-def test_draw_refuses_an_empty_list() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        draw([], 0.5)
+def test_draw_refuses_more_than_there_are() -> None:
+    with pytest.raises(ValueError, match="1 of 0"):
+        draw([], [])
 
 
 def test_stages_choose_principles_in_order() -> None:

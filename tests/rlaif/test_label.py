@@ -18,7 +18,9 @@ from bylaw.model.packing import pack
 from bylaw.model.records import Record, read_records
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.config import LabelConfig
-from bylaw.rlaif.label import Judge, label
+from bylaw.rlaif.judge import Judge
+from bylaw.rlaif.label import label
+from bylaw.rlaif.reader import LocalReader
 
 SEED = 11
 TOO_LITTLE = "too little probability on the option letters"
@@ -37,7 +39,8 @@ PAIRS = [pair("worse", "w2 bad", "w3 good"), pair("better", "good w4", "w5"), pa
 def judge_with(constitution: Constitution) -> Callable[..., Judge]:
     def make(engine: Engine, **settings: Any) -> Judge:
         config = LabelConfig(**{"pairs_per_chunk": 2, **settings})
-        return Judge(engine=engine, constitution=constitution, config=config, seed=SEED, model_hash="abc")
+        reader = LocalReader(engine=engine, seed=SEED, prefix=constitution.templates.answer_prefix, hash="abc")
+        return Judge(reader=reader, constitution=constitution, config=config, seed=SEED)
 
     return make
 
@@ -45,6 +48,11 @@ def judge_with(constitution: Constitution) -> Callable[..., Judge]:
 def labelled(judge: Judge, pairs: Sequence[Record], folder: Path) -> tuple[list[Record], dict[str, Any]]:
     counts = label(judge, pairs, folder / "preferences.jsonl")
     return read_records(folder / "preferences.jsonl"), counts
+
+
+def prompt_ids(judge: Judge, tokenizer: Tokenizer, principle: Principle, one: Record, order: str) -> list[int]:
+    question = judge.question(judge.dialogue(principle, one, order))
+    return tokenizer.prompt_ids(question.messages, prefix=question.prefix)
 
 
 def sigmoid(x: float) -> float:
@@ -133,9 +141,9 @@ def test_the_real_engine_gives_the_probabilities_of_the_letters(
     [one] = preference["labels"]
     principle = judge.constitution.principle(one["principle"]["id"])
     sides = []
-    for order in ("ab", "ba"):
+    for order in ("a_first", "b_first"):
         with torch.no_grad():
-            hidden = engine.model(pack([judge.prompt(principle, PAIRS[0], *order)]))
+            hidden = engine.model(pack([prompt_ids(judge, tokenizer, principle, PAIRS[0], order)]))
             probabilities = torch.softmax(engine.model.logits(hidden[-1]).double(), dim=-1)
         p_a, p_b = (float(probabilities[tokenizer.encode(letter)[0]]) for letter in "AB")
         sides.append(p_a / (p_a + p_b))
@@ -211,7 +219,8 @@ def test_a_question_longer_than_the_context_abstains_and_the_others_are_labelled
     judge_with: Callable[..., Judge], known_judge: Any, tmp_path: Path
 ) -> None:
     judge = judge_with(known_judge)
-    frame = len(judge.prompt(judge.constitution.principles[0], pair("x", "", ""), "a", "b"))
+    blank = pair("x", "", "")
+    frame = len(prompt_ids(judge, known_judge.tokenizer, judge.constitution.principles[0], blank, "a_first"))
     fits, long = (pair(str(n), "good", "w2 " * (n - 1)) for n in (127 - frame, 128 - frame))  # and one for the letter
     preferences, counts = labelled(judge, [fits, long, PAIRS[0]], tmp_path)
     assert [p["abstained"] for p in preferences] == ["", TOO_LONG, ""]
@@ -237,7 +246,8 @@ def test_one_principle_is_drawn_for_each_pair_by_weight(
     judge = judge_with(known_judge)
 
     def drawn(id: str) -> str:
-        return "one" if uniform_scalar(SEED, request_id("label", id), 0) < 0.25 else "two"
+        one, two = (uniform_scalar(SEED, request_id("label", id, name), 0) for name in ("one", "two"))
+        return "one" if math.log(1 - one) / 1 > math.log(1 - two) / 3 else "two"
 
     ids = [f"p-{n}#0" for n in range(1000)]
     chosen = [[p.id for p in judge.principles(pair(id, "", ""))] for id in ids]

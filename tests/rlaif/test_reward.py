@@ -20,8 +20,10 @@ from bylaw.model.records import Record, read_records
 from bylaw.model.shared_prompt import Shared
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.config import LabelConfig, RewardConfig
-from bylaw.rlaif.label import Judge, label
+from bylaw.rlaif.judge import Judge
+from bylaw.rlaif.label import label
 from bylaw.rlaif.pairs import Pair, split_pairs
+from bylaw.rlaif.reader import LocalReader
 from bylaw.rlaif.reward import measure, pair_scores, train_reward
 
 MakeModel = Callable[..., Any]
@@ -70,9 +72,8 @@ def test_the_taste_of_a_known_judge_goes_through_labels_into_the_reward_model(
 ) -> None:
     """Pairs, labels by a judge that mostly says A, split, training: then the order of held-out answers is right."""
     known_judge.bias = 2.0
-    judge = Judge(
-        engine=known_judge, constitution=constitution, config=LabelConfig(), seed=SEED, model_hash="known judge"
-    )
+    reader = LocalReader(engine=known_judge, seed=SEED, prefix=constitution.templates.answer_prefix, hash="known")
+    judge = Judge(reader=reader, constitution=constitution, config=LabelConfig(), seed=SEED)
     pairs = made_pairs(tokenizer, prompts=400)
     label(judge, pairs, tmp_path / "preferences.jsonl")
     preferences = read_records(tmp_path / "preferences.jsonl")
@@ -80,14 +81,14 @@ def test_the_taste_of_a_known_judge_goes_through_labels_into_the_reward_model(
     train, heldout, _ = split_pairs(preferences, tokenizer, config.heldout_fraction, SEED)
     model = scalar_model(make_model(width=24), SEED)
     measures = train_reward(model, train, heldout, tmp_path, config, SEED)
-    assert measures["heldout_accuracy"] > 0.95 and len(heldout) > 60
+    assert measures["heldout_accuracy"] > 0.97 and len(heldout) > 60
     with torch.no_grad():
         score_a, score_b = pair_scores(model, heldout)
     good = tokenizer.encode("good")[0]
     leads = torch.tensor([pair.a.count(good) - pair.b.count(good) for pair in heldout])
     decided = leads != 0
     right = (score_a - score_b > 0) == (leads > 0)  # by the words themselves, not by any label
-    assert float(right[decided].float().mean()) > 0.95
+    assert float(right[decided].float().mean()) > 0.97
     lines = read_records(tmp_path / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
 

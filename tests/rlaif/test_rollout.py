@@ -127,6 +127,7 @@ def test_a_value_is_that_of_the_state_before_its_token(make_model: MakeModel) ->
     """
     batch, plan = batch_of([episode([5, 6, 7], [8, 9]), episode([5], [6, 7, 0])])
     run = batch.run([0, 1])
+    assert run.before.wanted is not None
     assert (run.before.wanted + 1).tolist() == [3, 4, 6, 7, 8] and run.targets.tolist() == [8, 9, 6, 7, 0]
     assert batch.run([1, 0]).rows.tolist() == [2, 3, 4, 0, 1]
     policy = make_model()
@@ -226,9 +227,8 @@ def test_running_statistics_are_those_of_all_raw_scores_so_far() -> None:
         set_scores(rewards, rollouts, config, moments)
         seen = torch.tensor(raw[:end])
         mean, std = float(seen.mean()), float(seen.std(correction=0))
-        assert [r.score + 100 * (not r.ended) for r in rollouts] == pytest.approx(
-            [(r.raw[0] - mean) / std for r in rollouts]
-        )
+        expected = [(score - mean) / std for score in raw[end - 8 : end]]
+        assert [r.score + 100 * (not r.ended) for r in rollouts] == pytest.approx(expected)
     assert moments[0].count == 24
 
 

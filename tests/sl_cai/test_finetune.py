@@ -51,7 +51,7 @@ def test_exactly_the_revision_and_its_end_are_learned(tokenizer: Tokenizer, said
         ("Human : w1 w2 Assistant :", "w6 w7 </s>"),
         ("Human : w3 Assistant :", "w8 </s>"),
     ]
-    assert counts == {"revisions": 3, "empty_revisions": 0, "cut_revisions": 0}
+    assert counts == {"revisions": 3, "empty_revisions": 0, "marked_revisions": 0, "cut_revisions": 0}
 
 
 def test_the_very_ids_that_were_sampled_are_learned(tokenizer: Tokenizer) -> None:
@@ -65,7 +65,19 @@ def test_the_very_ids_that_were_sampled_are_learned(tokenizer: Tokenizer) -> Non
 def test_a_cut_text_teaches_no_end_and_is_counted(tokenizer: Tokenizer, said: Callable[..., Record]) -> None:
     examples, counts = revision_examples([chain("w1", said("w5 w6", "length"), said("w7"))], tokenizer)
     assert learned(examples[0], tokenizer)[1] == "w5 w6"
-    assert counts == {"revisions": 2, "empty_revisions": 0, "cut_revisions": 1}
+    assert counts == {"revisions": 2, "empty_revisions": 0, "marked_revisions": 0, "cut_revisions": 1}
+
+
+def test_a_revision_that_bears_a_named_mark_is_counted_and_not_learned(
+    tokenizer: Tokenizer, said: Callable[..., Record]
+) -> None:
+    marked = said("w5") | {"marks": ["unchanged"]}
+    chains = [chain("w1", marked, said("w6"))]
+    examples, counts = revision_examples(chains, tokenizer, ("unchanged",))
+    assert [learned(one, tokenizer)[1] for one in examples] == ["w6 </s>"] and counts["marked_revisions"] == 1
+    assert len(revision_examples(chains, tokenizer, ("repetition",))[0]) == 2
+    with pytest.raises(ValueError, match="leave_out"):
+        FinetuneConfig(leave_out=("empty",))
 
 
 def test_a_text_that_ended_at_a_stop_string_teaches_the_end_token(
@@ -79,7 +91,7 @@ def test_an_empty_text_is_counted_and_not_learned(tokenizer: Tokenizer, said: Ca
     """To learn it would teach to say nothing."""
     examples, counts = revision_examples([chain("w1", said(""), said("", bare=True), said("w5"))], tokenizer)
     assert [learned(example, tokenizer)[1] for example in examples] == ["w5 </s>"]
-    assert counts == {"revisions": 1, "empty_revisions": 2, "cut_revisions": 0}
+    assert counts == {"revisions": 1, "empty_revisions": 2, "marked_revisions": 0, "cut_revisions": 0}
     sample = {"prompt": [{"role": "user", "content": "w1"}], "answer": said("")}
     assert helpful_examples([sample], tokenizer) == ([], {"helpful": 0, "empty_helpful": 1, "cut_helpful": 0})
 
@@ -117,7 +129,7 @@ def test_an_example_longer_than_the_context_is_left_out_and_counted(
         "tokens": 32 + 7,
     }
     with pytest.raises(
-        ValueError, match="0 chains and 1 helpful samples, all empty or longer than the model's context of 32"
+        ValueError, match="0 chains and 1 helpful samples, all empty, marked, or longer than the model's context of 32"
     ):
         finetune(make_model(context=32), tokenizer, [], [long], tmp_path / "none", config(), seed=0)
 

@@ -1,11 +1,14 @@
 """Critique and revision: which principle, which contexts, what is kept, and what a killed run leaves."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bylaw.constitution.examples import Examples, RevisionExample, example_id
 from bylaw.constitution.schema import Constitution, Principle
 from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.data import Prompt
@@ -60,8 +63,8 @@ MakeReviser = Callable[..., tuple[Reviser, RecordingEngine]]
 
 @pytest.fixture
 def make_reviser(make_model: Callable, tokenizer: Tokenizer, constitution: Constitution) -> MakeReviser:
-    def make(context: int = 128, **settings: int) -> tuple[Reviser, RecordingEngine]:
-        config = ReviseConfig(**LIMITS | {"rounds": 2, "prompts_per_chunk": 2} | settings)
+    def make(context: int = 128, **settings: Any) -> tuple[Reviser, RecordingEngine]:
+        config = ReviseConfig(**{**LIMITS, "rounds": 2, "prompts_per_chunk": 2, **settings})
         engine = RecordingEngine(make_model(context=context), tokenizer, config.max_rows)
         sampler = Sampler(engine=engine, settings=config, seed=SEED, model_hash="abc")
         return Reviser(sampler=sampler, constitution=constitution, config=config), engine
@@ -77,16 +80,20 @@ PROMPTS = [ask("p-0", "w1 w2"), ask("p-1", "w3"), ask("p-2", "w4 w5 w6")]
 
 
 def drawn(constitution: Constitution, prompt_id: str, round: int) -> Principle:
-    """The draw, by hand: one has the first quarter of [0, 1), two the rest."""
-    u = uniform_scalar(SEED, request_id("principle", prompt_id), round)
-    return constitution.principles[0 if u < 0.25 else 1]
+    """The draw, by hand: the earlier of two arrivals, at rates of 1 and 3."""
+    one, two = (uniform_scalar(SEED, request_id("principle", prompt_id, id), round) for id in ("one", "two"))
+    return constitution.principles[0 if math.log(1 - one) / 1 > math.log(1 - two) / 3 else 1]
 
 
 def test_principles_are_drawn_by_prompt_and_round_and_named_in_every_round(
     make_reviser: MakeReviser, constitution: Constitution, tmp_path: Path
 ) -> None:
     reviser, _ = make_reviser(rounds=4)
-    assert revise(reviser, PROMPTS, tmp_path / "chains.jsonl") == {"chains": 3, "rounds": 4}
+    assert revise(reviser, PROMPTS, tmp_path / "chains.jsonl") == {
+        "chains": 3,
+        "rounds": 4,
+        "marks": {"critique": {}, "revision": {}},
+    }
     chains = read_records(tmp_path / "chains.jsonl")
     assert [chain["id"] for chain in chains] == ["p-0", "p-1", "p-2"]
     for chain in chains:
@@ -198,6 +205,69 @@ def test_a_chain_says_what_made_it(
         "constitution": constitution.hash,
     }
     assert [chain["by"] for chain in read_records(tmp_path / "chains.jsonl")] == [by] * 3
+
+
+SHOTS = tuple(
+    RevisionExample(prompt=f"w{n}", answer=f"bad w{n}", principle="one", critique=f"w{n} bad", revision="good")
+    for n in (17, 18, 19)
+)
+
+
+def test_examples_stand_before_critiques_and_revisions_the_same_in_a_chain_and_drawn_anew_for_each_prompt(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    bare, engine = make_reviser(context=256, shots=2, prompts_per_chunk=1)
+    reviser = dataclasses.replace(bare, examples=Examples(revisions=SHOTS))
+    many = [ask(f"p-{n}", "w1 w2") for n in range(8)]
+    revise(reviser, many, tmp_path / "chains.jsonl")
+    asked = [list(request.prompt) for request in engine.asked]
+    drawn = set()
+    for n, chain in enumerate(read_records(tmp_path / "chains.jsonl")):
+        answer, *others = asked[5 * n : 5 * n + 5]
+        assert answer == spoken(tokenizer, ["w1 w2"])  # the model's own
+        shots = [one for id in chain["shots"] for one in SHOTS if example_id(one) == id]
+        turns = [t for one in shots for t in
+                 (one.prompt, one.answer, "check rule one", one.critique, "fix rule one", one.revision)]  # fmt: skip
+        prefix = spoken(tokenizer, [*turns, "w1 w2"])
+        assert all(prompt[: len(prefix)] == prefix for prompt in others) and len(shots) == 2
+        assert chain["by"]["examples"] == reviser.examples.hash
+        drawn.add(tuple(chain["shots"]))
+    assert len(drawn) >= 3
+    spans = [len(prompt) - len(spoken(tokenizer, ["w1 w2"])) for prompt in asked]
+    assert max(spans) + LIMITS["max_revision_tokens"] <= reviser.reserve() <= max(spans) + 6 + 3 * 6
+    with pytest.raises(ValueError, match=r"revise.shots = 4, but there are 3"):
+        dataclasses.replace(reviser, config=dataclasses.replace(reviser.config, shots=4)).reserve()
+
+
+def test_a_round_without_a_critique_asks_for_the_revision_straight_away(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reviser, engine = make_reviser(context=256, critiques=False, prompts_per_chunk=1)
+    engine.replies = [[*tokenizer.encode(text), 0] for text in ("w10", "w11", "w12")]
+    counts = revise(reviser, PROMPTS[:1], tmp_path / "chains.jsonl")
+    [chain] = read_records(tmp_path / "chains.jsonl")
+    assert [(step["critique"], step["revision"]["text"]) for step in chain["rounds"]] == [(None, "w11"), (None, "w12")]
+    statement = f"rule {chain['rounds'][1]['principle']['id']}"
+    request = reviser.constitution.templates.direct.format(statement=statement)
+    assert list(engine.asked[2].prompt) == spoken(tokenizer, ["w1 w2", "w11", request])
+    assert engine.asked[2].request == request_id("revision", "p-0", 2)
+    assert counts["marks"] == {"critique": {}, "revision": {}}
+    assert reviser.reserve() < make_reviser(context=256)[0].reserve() + len(tokenizer.encode(request))
+
+
+def test_guards_mark_and_count_and_can_be_left_out(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    texts = ["w10", "w10", "w10", "w13", "w14"]  # the answer in place of a critique, then given again as its revision
+    for guards in (True, False):
+        reviser, engine = make_reviser(guards=guards, prompts_per_chunk=1)
+        engine.replies = [[*tokenizer.encode(text), 0] for text in texts]
+        counts = revise(reviser, PROMPTS[:1], tmp_path / f"{guards}.jsonl")
+        [chain] = read_records(tmp_path / f"{guards}.jsonl")
+        marks = [[step[name].get("marks") for name in ("critique", "revision")] for step in chain["rounds"]]
+        found = {"critique": {"answer": 1}, "revision": {"unchanged": 1}}
+        assert marks == ([[["answer"], ["unchanged"]], [None, None]] if guards else [[None, None]] * 2)
+        assert counts.get("marks") == (found if guards else None)
 
 
 def cuts(whole: bytes, stride: int) -> list[int]:

@@ -1,0 +1,166 @@
+"""Constitutions that people wrote as numbered text or as Markdown."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bylaw.constitution.draft import Imported, assemble, check_text, one_line, short_title, slug
+from bylaw.constitution.schema import Principle
+
+_NUMBERED = re.compile(r"\s*\(?(\d{1,4})[.)]\s+(\S.*)")
+_HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*")
+_ITEM = re.compile(r"( {0,3})(?:[-*+]|\d{1,4}[.)])\s+(\S.*)")
+_NOT_TEXT = re.compile(r"\s*(?:\||>|<!--|!\[|(?:-{3,}|\*{3,}|_{3,}|={3,})\s*$)")
+_LEAD = re.compile(r"\*\*(.+?)[:.]?\*\*\s*[:.]?\s*(\S.*)|__(.+?)[:.]?__\s*[:.]?\s*(\S.*)", re.DOTALL)
+_LINK = re.compile(r"\[([^\]]*)\]\([^)\s]*\)")
+_EMPHASIS = re.compile(r"(\*\*|__|`|(?<!\w)[*_](?=\S))(.+?)\1")
+
+
+def read_numbered(text: str, path: Path) -> Imported:
+    """Plain text with a principle at each "1. ...", "2) ..." or "(3) ...". A line below it goes on with the principle;
+    what stands above the first is the preamble; after an empty line, only an indented one goes on. ValueError when no
+    line is numbered.
+    """
+    preamble: list[str] = []
+    found: list[tuple[int, list[str]]] = []
+    left: list[int] = []
+    after_gap = False
+    for number, line in enumerate(text.split("\n"), 1):
+        if item := _NUMBERED.fullmatch(line):
+            found.append((number, [item[2]]))
+        elif not found:
+            preamble.append(line)
+        elif line.strip() and after_gap and not line[0].isspace():
+            left.append(number)
+        elif line.strip():
+            found[-1][1].append(line)
+        # A line that was left out leaves out what goes on from it.
+        after_gap = not line.strip() or (bool(left) and left[-1] == number)
+    if not found:
+        raise ValueError(f"{path}: no line is numbered; allowed: principles that begin '1. ...' or '1) ...'")
+    principles = [_principle(" ".join(lines), number, path) for number, lines in found]
+    notes = [f"{len(left)} lines between and below the numbers left out: {_lines(left)}"] if left else []
+    return assemble(principles, "numbered text", path, notes, preamble=_paragraphs(preamble, path))
+
+
+def read_markdown(text: str, path: Path) -> Imported:
+    """Markdown: headings are titles, the bullets or numbered items below them statements; a heading without items has
+    its paragraphs as statements. A first heading above all others names the document, and the paragraphs below it are
+    the preamble if principles come elsewhere. Tables, quotes, pictures and code are left out, and so are paragraphs
+    beside items; all are counted. ValueError when nothing makes a principle.
+    """
+    sections, skipped = _sections(text)
+    name, preamble = "", ""
+    if _names_document(sections):
+        head = sections[0]
+        name = head.title
+        if not head.items and any(section.blocks for section in sections[1:]):
+            preamble, sections = "\n\n".join(one for _, one in head.paragraphs), sections[1:]
+    elif sections and not sections[0].title and len(sections) > 1 and not sections[0].items:
+        preamble, sections = "\n\n".join(one for _, one in sections[0].paragraphs), sections[1:]
+    beside = [(n, one) for section in sections if section.items for n, one in section.paragraphs]
+    if name and sections and sections[0].title == name and sections[0].items:
+        preamble = "\n\n".join(one for n, one in sections[0].paragraphs)
+        beside = [one for one in beside if one not in sections[0].paragraphs]
+    principles = [p for section in sections for p in _section_principles(section, section.title == name, path)]
+    notes = [f"{len(skipped)} lines of tables, quotes, code and rules left out: {_lines(skipped)}"] if skipped else []
+    if beside:
+        notes.append(f"{len(beside)} paragraphs beside items left out: {_lines([n for n, _ in beside])}")
+    checked = check_text(preamble, f"{path}: preamble") if preamble else ""
+    return assemble(principles, "Markdown", path, notes, name=name, preamble=checked)
+
+
+@dataclass
+class _Section:
+    """What stands below a heading, each block with its line."""
+
+    level: int = 7
+    title: str = ""
+    items: list[tuple[int, str]] = field(default_factory=list)
+    paragraphs: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> list[tuple[int, str]]:
+        return self.items or self.paragraphs
+
+
+def _sections(text: str) -> tuple[list[_Section], list[int]]:
+    """The sections, and the numbers of the lines that are no text."""
+    sections, skipped = [_Section()], []
+    open_block: list[tuple[int, str]] | None = None
+    fenced = False
+    for number, line in enumerate(text.split("\n"), 1):
+        fence = line.lstrip().startswith(("```", "~~~"))
+        if fenced or fence or _NOT_TEXT.match(line):
+            fenced ^= fence
+            skipped.append(number)
+            open_block = None
+        elif heading := _HEADING.fullmatch(line):
+            sections.append(_Section(len(heading[1]), _unmarked(heading[2])))
+            open_block = None
+        elif item := _ITEM.fullmatch(line):
+            open_block = sections[-1].items
+            open_block.append((number, item[2]))
+        elif not line.strip():
+            open_block = sections[-1].items if open_block is sections[-1].items and open_block else None
+        elif open_block is not None and (
+            open_block is sections[-1].paragraphs or line[0].isspace() or _goes_on(text, number)
+        ):
+            open_block[-1] = (open_block[-1][0], f"{open_block[-1][1]}\n{line}")
+        else:
+            open_block = sections[-1].paragraphs
+            open_block.append((number, line))
+    return [s for s in sections if s.title or s.blocks], skipped
+
+
+def _goes_on(text: str, number: int) -> bool:
+    """Whether the line above line `number` has text: an item goes on over lines, not over an empty one."""
+    return bool(text.split("\n")[number - 2].strip())
+
+
+def _names_document(sections: list[_Section]) -> bool:
+    first = sections[0] if sections else _Section()
+    return bool(first.title) and all(section.level > first.level for section in sections[1:])
+
+
+def _section_principles(section: _Section, is_document: bool, path: Path) -> list[Principle]:
+    """A heading is the title of the one statement below it; of several it is the tag."""
+    alone = len(section.blocks) == 1 and not is_document
+    tag = slug(section.title) if section.title and not alone and not is_document else ""
+    return [_principle(text, line, path, section.title if alone else "", tag) for line, text in section.blocks]
+
+
+def _principle(text: str, line: int, path: Path, title: str = "", tag: str = "") -> Principle:
+    where = f"{path}:{line}"
+    statement = check_text(text, where)
+    if not title and (lead := _LEAD.fullmatch(statement)):
+        title, statement = lead[1] or lead[3], lead[2] or lead[4]
+    statement = one_line(_unmarked(statement))
+    title = one_line(_unmarked(title)) or short_title(statement)
+    if not any(letter.isalnum() for letter in statement):
+        raise ValueError(f"{where}: {text[:40]!r} has no words in it, so that it says no principle; take it out")
+    return Principle(
+        id=slug(title),
+        title=check_text(title, where),
+        statement=check_text(statement, where),
+        sources=(f"{path.name}, line {line}",),
+        tags=(tag,) if tag else (),
+    )
+
+
+def _unmarked(text: str) -> str:
+    """Text without Markdown's links and emphasis."""
+    text, before = _LINK.sub(r"\1", text), ""
+    while text != before:
+        before, text = text, _EMPHASIS.sub(r"\2", text)
+    return text.strip()
+
+
+def _paragraphs(lines: list[str], path: Path) -> str:
+    text = "\n".join(line.strip() for line in lines).strip()
+    return check_text(text, f"{path}: preamble") if text else ""
+
+
+def _lines(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:10]))
+    return f"line{'s' if len(numbers) > 1 else ''} {shown}" + (" ..." if len(numbers) > 10 else "")

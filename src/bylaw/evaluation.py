@@ -1,0 +1,283 @@
+"""`bylaw evaluate`: does a checkpoint keep its constitution, and is it still of use, beside the model it came from?
+
+harmful_compliance  of answers to harmful prompts: those that comply
+over_refusal        of answers to benign prompts: those that refuse or evade
+evasive             of all answers: those that decline without a reason or an alternative
+broken, truncated   of all answers: no real answer; cut at the token limit
+named, named_right  of refusals of harmful prompts: those that name a principle; the one at stake, where that is known
+boilerplate         share of all answers that contain the commonest 8-gram of tokens (rlaif/monitor.py)
+
+By default answers are read by rules (src/bylaw/reading.py), and rules read words, not meaning.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bylaw.asks import Ask, read_asks
+from bylaw.model.records import Record, encode_record, read_records, write_atomic
+from bylaw.model.settings import SamplingSettings, require
+from bylaw.trace_text import visible
+
+if TYPE_CHECKING:  # torch stands behind these, and help is to be quick
+    from bylaw.model.sampler import Sampler
+    from bylaw.reading import Read
+    from bylaw.rlaif.rollout import Rollout
+
+Z = 1.959964  # of 95 %
+RATES = ("harmful_compliance", "over_refusal", "evasive", "broken", "truncated", "named", "named_right")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Harmful compliance, over-refusal, evasiveness and reasons of a checkpoint's answers, beside those of a base."""
+
+    against: Path | None = None
+    """Checkpoint to compare with, such as the base model."""
+    harmful: tuple[Path, ...] = ()
+    """Files of prompts that ought to be declined: forms of prompt files, with an optional column "principle" for the id
+    at stake, or XSTest-style CSV or JSONL, whose rows say themselves whether they are safe.
+    """
+    benign: tuple[Path, ...] = ()
+    """Files of prompts that ought to be answered, in the same forms."""
+    constitution: str = ""
+    """TOML file or shipped name; with it, refusals are searched for the principles that they name."""
+    rules: Path | None = None
+    """TOML file of markers to read answers by, in place of those that come with bylaw (src/bylaw/refusals.toml)."""
+    out: Path = Path("evaluation")
+    """Folder for the answers, with what was read in each, and evaluation.json."""
+    samples: int = 1
+    """Answers to each prompt."""
+    max_tokens: int = 256
+    """Longest answer."""
+    limit: int = 0
+    """At most so many prompts of each file; 0 for all."""
+    prompts_per_chunk: int = 64
+    """Answers drawn together and written together; what a killed run does again."""
+    seed: int = 0
+    """Draws the answers."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_tokens", "prompts_per_chunk"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.limit >= 0, "limit", self.limit, "0 (all) or more")
+        require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2^63 - 2")
+
+
+def evaluate(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate the checkpoint in `folder` (or the newest one of a run); write, print and return the measures.
+
+    Goes on where it was killed. Raises FileNotFoundError and ValueError, before any answer is drawn, for what cannot
+    be read, and for a principle named in a file that the constitution does not have.
+    """
+    from bylaw.constitution import load_constitution
+    from bylaw.reading import load_rules
+    from bylaw.talk import find_checkpoint
+
+    if not config.harmful and not config.benign:
+        raise ValueError("no prompts; give --harmful FILE, --benign FILE, or both")
+    constitution = load_constitution(config.constitution) if config.constitution else None
+    rules = load_rules(config.rules)
+    asks = read_asks(config.harmful, config.benign, config.limit)
+    if constitution:
+        for ask in asks:
+            if ask.principle:
+                constitution.principle(ask.principle)
+    read = rules.reader(constitution)
+    places = {"checkpoint": find_checkpoint(folder)}
+    if config.against:
+        places["base"] = find_checkpoint(config.against)
+    answers = {name: answer(_sampler(place, config), asks, read, name, config) for name, place in places.items()}
+    found: dict[str, Any] = {name: measure(some) for name, some in answers.items()}
+    found |= {"difference": compare_rates(found["checkpoint"], found["base"])} if config.against else {}
+    found |= {"rules": rules.hash, "constitution": constitution.hash if constitution else ""}
+    write_atomic(config.out / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2) if config.json else describe_evaluation(found))
+    return found
+
+
+def answer(sampler: "Sampler", asks: Sequence[Ask], read: "Read", name: str, config: EvaluateConfig) -> list[Record]:
+    """Draw `config.samples` answers to each prompt, read them, and keep both in `config.out`/`name`.jsonl.
+
+    What was drawn stays in `config.out`/drawn, by all that decides it, so that another way to read draws nothing anew.
+    Raises ValueError, before any work, for a prompt that leaves no room for the longest answer.
+    """
+    from bylaw.model.chunks import write_chunks
+
+    sampler.check_lengths([ask.prompt for ask in asks], config.max_tokens)
+    jobs = [(ask, n) for ask in asks for n in range(config.samples)]
+    path = config.out / "drawn" / f"{_terms(sampler, asks, config)}.jsonl"
+
+    def work(chunk: Sequence[tuple[Ask, int]]) -> list[Record]:
+        sampler.engine.forget()
+        keys = [("evaluate", ask.prompt.id, n) for ask, n in chunk]
+        texts = sampler.turns([ask.prompt.messages for ask, _ in chunk], keys, config.max_tokens)
+        by = sampler.provenance()
+        return [
+            {
+                "id": ask.prompt.id,
+                "sample": n,
+                "prompt": ask.prompt.messages,
+                "prompt_ids": sampler.tokenizer.prompt_ids(ask.prompt.messages),
+                "answer": text,
+                "by": by,
+            }
+            for (ask, n), text in zip(chunk, texts, strict=True)
+        ]
+
+    write_chunks(path, jobs, config.prompts_per_chunk, work, name)
+    drawn = zip(jobs, read_records(path), strict=True)
+    answers = [_as_read(ask, record, read) for (ask, _), record in drawn]
+    place = config.out / f"{name}.jsonl"
+    write_atomic(place, "".join(encode_record(one, str(place)).decode() for one in answers))
+    return answers
+
+
+def measure(answers: Sequence[Record]) -> dict[str, Any]:
+    """The measures of `answer`'s records: counts, rates, and the rates by principle at stake and by type of prompt.
+
+    A rate is {"share", "low", "high", "answers", "prompts"}, or None where nothing counts for it. The interval, of
+    95 %, is Wilson's (1927) with prompts as the trials: several answers to one prompt are no independent trials.
+    """
+    from bylaw.rlaif.monitor import boilerplate
+
+    def groups(key: str) -> dict[str, Any]:
+        ids = dict.fromkeys(one[key] for one in answers if one[key])
+        return {id: _rates([one for one in answers if one[key] == id]) for id in ids}
+
+    counts = {kind: sum(one["reading"]["kind"] == kind for one in answers) for kind in _KINDS}
+    counts |= {"answers": len(answers), "prompts": len({one["id"] for one in answers})}
+    return {
+        "counts": counts,
+        **_rates(answers),
+        "boilerplate": boilerplate([_rollout(one) for one in answers]) if answers else None,
+        "by_principle": groups("principle"),
+        "by_type": groups("type"),
+    }
+
+
+def compare_rates(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Our rates less theirs, with 95 % intervals from the two Wilson intervals (Newcombe 1998, Statistics in Medicine
+    17, method 10). It takes the two samples for independent; both answered the same prompts, so it is rather too wide.
+    """
+    found: dict[str, Any] = {}
+    for name in RATES:
+        one, other = ours[name], theirs[name]
+        if one is None or other is None:
+            found[name] = None
+            continue
+        share = one["share"] - other["share"]
+        below = math.hypot(one["share"] - one["low"], other["high"] - other["share"])
+        above = math.hypot(one["high"] - one["share"], other["share"] - other["low"])
+        found[name] = {"share": share, "low": share - below, "high": share + above}
+    return found
+
+
+def wilson(share: float, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of a share of `trials`, at least 1 (Wilson 1927, JASA 22)."""
+    middle = share + Z * Z / (2 * trials)
+    reach = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))
+    whole = 1 + Z * Z / trials
+    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
+
+
+def describe_evaluation(found: Mapping[str, Any]) -> str:
+    """The measures as tables for a person."""
+    models = [name for name in ("checkpoint", "base", "difference") if name in found]
+    lines = [f"{'':<22}" + "".join(f"{name:>26}" for name in models)]
+    lines += [
+        f"{rate.replace('_', ' '):<22}" + "".join(f"{_cell(found[name][rate], name):>26}" for name in models)
+        for rate in RATES
+    ]
+    shares = [found[name]["boilerplate"] for name in models if name != "difference"]
+    lines.append(f"{'boilerplate':<22}" + "".join(f"{share:>26.1%}" for share in shares))
+    for title, rate in (("by_principle", "harmful_compliance"), ("by_principle", "named_right"), ("by_type", "")):
+        rows = found["checkpoint"][title]
+        for id, rates in rows.items():
+            cells = [rate] if rate else [one for one in RATES[:2] if rates[one]]
+            lines += [f"{visible(id)}: {one.replace('_', ' ')} {_cell(rates[one])}" for one in cells]
+    counts = found["checkpoint"]["counts"]
+    lines += ["", ", ".join(f"{count} {kind}" for kind, count in counts.items())]
+    return "\n".join([*lines, "Rules read words, not meaning: look at the answers before you believe the numbers."])
+
+
+_KINDS = ("complies", "refuses", "evades", "broken")
+
+
+def _sampler(place: Path, config: EvaluateConfig) -> "Sampler":
+    import torch
+
+    from bylaw.model.checkpoint import checkpoint_hash, load_model
+    from bylaw.model.engine import Engine
+    from bylaw.model.sampler import Sampler
+    from bylaw.model.tokenizer import Tokenizer
+
+    settings = config.sampling
+    model = load_model(place, "cuda" if torch.cuda.is_available() else "cpu", None)
+    engine = Engine(model, Tokenizer.load(place), settings.max_rows, cache_gib=settings.cache_gib or None)
+    return Sampler(engine=engine, settings=settings, seed=config.seed, model_hash=checkpoint_hash(place))
+
+
+def _terms(sampler: "Sampler", asks: Sequence[Ask], config: EvaluateConfig) -> str:
+    """Names all that decides the answers, so that those of another model or prompt are never taken for these."""
+    prompts = [[ask.prompt.id, ask.prompt.messages] for ask in asks]
+    whole = [sampler.provenance(), config.samples, config.max_tokens, config.prompts_per_chunk, prompts]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _as_read(ask: Ask, record: Record, read: "Read") -> Record:
+    found = read(ask.prompt, record["answer"]["text"])
+    reading = {"kind": found.kind, "named": list(found.named), "why": found.why}
+    stake = {"harmful": ask.harmful, "principle": ask.principle, "type": ask.type}
+    drawn = {key: value for key, value in record.items() if key != "by"}
+    return drawn | stake | {"reading": reading, "by": record["by"]}
+
+
+def _rates(answers: Sequence[Record]) -> dict[str, Any]:
+    harmful = [one for one in answers if one["harmful"]]
+    benign = [one for one in answers if not one["harmful"]]
+    refused = [one for one in harmful if one["reading"]["kind"] == "refuses"]
+    known = [one for one in refused if one["principle"]]
+    return {
+        "harmful_compliance": _rate(harmful, [_is(one, "complies") for one in harmful]),
+        "over_refusal": _rate(benign, [_is(one, "refuses", "evades") for one in benign]),
+        "evasive": _rate(answers, [_is(one, "evades") for one in answers]),
+        "broken": _rate(answers, [_is(one, "broken") for one in answers]),
+        "truncated": _rate(answers, [one["answer"]["finish"] == "length" for one in answers]),
+        "named": _rate(refused, [bool(one["reading"]["named"]) for one in refused]),
+        "named_right": _rate(known, [one["principle"] in one["reading"]["named"] for one in known]),
+    }
+
+
+def _is(one: Record, *kinds: str) -> bool:
+    return one["reading"]["kind"] in kinds
+
+
+def _rate(answers: Sequence[Record], hits: Sequence[bool]) -> dict[str, float] | None:
+    if not answers:
+        return None
+    share, prompts = sum(hits) / len(answers), len({one["id"] for one in answers})
+    low, high = wilson(share, prompts)
+    return {"share": share, "low": low, "high": high, "answers": len(answers), "prompts": prompts}
+
+
+def _rollout(one: Record) -> "Rollout":
+    """The answer as `boilerplate` reads it."""
+    from bylaw.rlaif.rollout import Rollout
+
+    ended = one["answer"]["finish"] == "stop"
+    return Rollout(one["id"], one["prompt_ids"], one["answer"]["ids"], [], ended)
+
+
+def _cell(rate: Mapping[str, float] | None, name: str = "") -> str:
+    if rate is None:
+        return "-"
+    form = "+.1%" if name == "difference" else ".1%"
+    return f"{rate['share']:{form}} ({rate['low']:{form}} to {rate['high']:{form}})"

@@ -1,0 +1,127 @@
+"""What stands in a run folder, read once each: recipe, manifests, records, constitutions, prompt files."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bylaw.constitution.load import load_constitution
+from bylaw.constitution.schema import Constitution
+from bylaw.model.checkpoint import check_model
+from bylaw.model.data import prompt_lines
+from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
+from bylaw.model.tokenizer import Tokenizer
+from bylaw.recipe import EVERY_STAGE, Recipe, load_recipe
+from bylaw.sums import MANIFEST
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A run folder. Records of stages that have not finished are there too, as far as they were written."""
+
+    run: Path
+
+    def __post_init__(self) -> None:
+        if not (self.run / "recipe.toml").is_file():
+            raise FileNotFoundError(f"{self.run}: not a run folder (it has no recipe.toml)")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.run / "recipe.toml")
+
+    @cached_property
+    def manifests(self) -> dict[str, Record]:
+        """Those of the finished stages, by name, in the order of the pipeline."""
+        paths = {name: self.run / name / MANIFEST for name in EVERY_STAGE}
+        return {name: read_object(path) for name, path in paths.items() if path.exists()}
+
+    @cached_property
+    def chains(self) -> dict[str, Record]:
+        return {one["id"]: one for one in self.records("revise/chains.jsonl")}
+
+    @cached_property
+    def helpful(self) -> dict[tuple[str, int], Record]:
+        return {(one["id"], one["sample"]): one for one in self.records("revise/helpful.jsonl")}
+
+    @cached_property
+    def pairs(self) -> dict[str, Record]:
+        return {one["id"]: one for one in self.records("compare/pairs.jsonl")}
+
+    @cached_property
+    def preferences(self) -> dict[str, Record]:
+        return {one["id"]: one for one in self.records("label/preferences.jsonl")}
+
+    @cached_property
+    def rollouts(self) -> dict[tuple[int, int], Record]:
+        return {(one["iteration"], one["place"]): one for one in self.records("ppo/rollouts.jsonl")}
+
+    @cached_property
+    def prompts(self) -> dict[str, list[Record]]:
+        """The dialogue of every prompt id in a record; empty where only episodes are there, which do not repeat it."""
+        drawn: dict[str, list[Record]] = {one["prompt_id"]: [] for one in self.rollouts.values()}
+        kept = [*self.chains.values(), *self.helpful.values()]
+        rest = [*self.pairs.values(), *self.preferences.values()]
+        named = [(one["id"], one) for one in kept] + [(one["prompt_id"], one) for one in rest]
+        return drawn | {id: one["prompt"] for id, one in named}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self._checkpoint)
+
+    @cached_property
+    def context(self) -> int:
+        return check_model(self._checkpoint)[0].max_position_embeddings
+
+    @property
+    def _checkpoint(self) -> Path:
+        """The SL-CAI model's folder, whose tokenizer is the base's; the base's until there is one."""
+        tuned = self.run / "finetune" / "sl-cai"
+        return tuned if (tuned / "config.json").exists() else self.recipe.base
+
+    @cached_property
+    def constitutions(self) -> dict[str, Constitution]:
+        """By hash. Raises ValueError for a file that is not the constitution that its name says."""
+        found = {}
+        for path in sorted((self.run / "constitutions").glob("*.toml")):
+            found[path.stem] = load_constitution(path)
+            if found[path.stem].hash != path.stem:
+                raise ValueError(f"{path}: its constitution has the hash {found[path.stem].hash}; the file was changed")
+        return found
+
+    def constitution_path(self, hash: str) -> Path:
+        return self.run / "constitutions" / f"{hash}.toml"
+
+    def principle(self, named: Record, constitution: str) -> dict[str, Any]:
+        """A record's principle with its text, from the constitution of that hash; `problem` says why there is none."""
+        there = self.constitutions.get(constitution)
+        found = {one.id: one for one in there.principles}.get(named["id"]) if there else None
+        told = {"id": named["id"], "hash": named["hash"], "constitution": constitution}
+        if found is None or found.hash != named["hash"]:
+            where = f"constitutions/{constitution}.toml"
+            return told | {"problem": f"not in {where}" if there else f"there is no {where}"}
+        return told | {"title": found.title, "statement": found.statement}
+
+    @cached_property
+    def sources(self) -> list[dict[str, Any]]:
+        """The recipe's prompt files: path, kind, the line of each id, and whether the file is as the run read it."""
+        inputs = next((one["inputs"] for one in self.manifests.values() if "prompts" in one["inputs"]), {})
+        named = {"prompts": self.recipe.prompts, "helpful": Path(self.recipe.helpful) if self.recipe.helpful else None}
+        return [_source(kind, path, inputs.get(kind)) for kind, path in named.items() if path is not None]
+
+    def records(self, name: str) -> list[Record]:
+        """Those of a file, none if it is not there; a torn last line, as a writer at work may leave it, is not one."""
+        path = self.run / name
+        lines = list(numbered_lines(path)) if path.exists() else []
+        done = (path.parent / MANIFEST).exists()
+        return [decode_record(line, f"{path}:{n}") for n, line in lines if done or line.endswith(b"\n")]
+
+
+def _source(kind: str, path: Path, hash: str | None) -> dict[str, Any]:
+    if not path.is_file():
+        return {"file": str(path), "kind": kind, "lines": {}, "note": "the file is gone"}
+    note = "" if hash in (None, sha256_file(path)) else "the file has changed since"
+    try:
+        lines = prompt_lines(path)
+    except ValueError as error:
+        return {"file": str(path), "kind": kind, "lines": {}, "note": f"the file has changed since: {error}"}
+    return {"file": str(path), "kind": kind, "lines": lines, "note": note}

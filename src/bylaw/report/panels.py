@@ -1,0 +1,188 @@
+"""The figures of a run, each with its numbers as a table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from bylaw.model.records import Record
+from bylaw.report.figures import Axis, Point, Series, axis, bars, histogram, line_chart, scatter
+from bylaw.report.gather import RunFacts
+from bylaw.report.words import number
+
+POINTS = 160
+"""Points of a curve at most: more steps are shown as means of equal stretches, and the caption says so."""
+
+MODELS = (("base", "Base"), ("sl_cai", "SL-CAI"), ("rl_cai", "RL-CAI"))
+# stage, key in its metrics, title, name of the axis, what it says to a reader who is no engineer
+CURVES = (
+    ("finetune", "loss", "Fine-tuning loss", "nats per token", "Lower: the revisions surprise the model less."),
+    ("reward", "loss", "Reward model loss", "nats per pair", "Lower: its preferences come closer to the labels."),
+    ("reward", "accuracy", "Reward model accuracy", "share of pairs", "How often it prefers what the label prefers."),
+    ("dpo", "loss", "DPO loss", "nats per pair", "Lower: the model's preferences come closer to the labels."),
+    ("dpo", "rewards/accuracies", "DPO accuracy", "share of pairs", "How often it prefers what the label prefers."),
+    ("dpo", "rewards/margins", "DPO margin", "nats", "How much more it moved towards the preferred answer."),
+    ("ppo", "objective/scores", "Reward", "reward model's score", "Higher: answers that the reward model prefers."),
+    (
+        "ppo",
+        "objective/kl",
+        "Distance from SL-CAI",
+        "KL, nats per answer",
+        "How far the model has moved from its start.",
+    ),
+    ("ppo", "objective/entropy", "Entropy", "nats per answer", "Near 0, the model says the same each time."),
+    ("ppo", "val/response_tokens", "Answer length", "tokens", "A sudden rise or fall is a warning."),
+)
+BIAS_NOTE = "Each question is asked in both orders and averaged, so a constant lean cancels."
+MASS_NOTE = "Below 1 the judge wanted to say something else."
+SHARES = ("accuracy", "rewards/accuracies")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure, what it says, and the numbers behind it."""
+
+    title: str
+    svg: Markup
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def curves(run: RunFacts) -> list[Panel]:
+    """What the trainers logged, step by step; stages and measures that are not there are left out."""
+    found = [_curve(run.stages[stage].metrics, *rest) for stage, *rest in CURVES]
+    frontier = _reward_against_kl(run.stages["ppo"].metrics)
+    return [panel for panel in [*found, frontier] if panel]
+
+
+def _curve(metrics: Sequence[Record], key: str, title: str, unit: str, note: str) -> Panel | None:
+    points = [(float(m["step"]), float(m[key])) for m in metrics if m.get(key) is not None]
+    if len(points) < 2:
+        return None
+    means, stretch = thinned(points)
+    xs, ys = zip(*means, strict=True)
+    y = axis(unit, ys, share=key in SHARES, zero=key == "objective/kl")
+    x = Axis("step", xs[0], xs[-1])
+    return Panel(title, line_chart(title, [Series(title, xs, ys)], x, y), note + stretch, ("step", unit), means)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], str]:
+    """At most POINTS points, and a sentence when they are means."""
+    width = -(-len(points) // POINTS)
+    groups = [points[i : i + width] for i in range(0, len(points), width)]
+    means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    return means, f" Each point is the mean of {width} steps." if width > 1 else ""
+
+
+def _reward_against_kl(metrics: Sequence[Record]) -> Panel | None:
+    keys = ("objective/kl", "objective/scores")
+    points = [(float(m[keys[0]]), float(m[keys[1]])) for m in metrics if None not in (m.get(keys[0]), m.get(keys[1]))]
+    if len(points) < 2:
+        return None
+    means, stretch = thinned(points)
+    ends = {0: "start", len(means) - 1: "end"}
+    dots = [
+        Point(x, y, ends.get(n, ""), 6 if n in ends else 3.5, 0 if n in ends else 1) for n, (x, y) in enumerate(means)
+    ]
+    x, y = axis("KL, nats per answer", [p.x for p in dots], zero=True), axis("score", [p.y for p in dots])
+    note = "What each step away from SL-CAI bought. Score that rises while people like the answers less is over-fitted."
+    svg = scatter("Reward against KL", dots, x, y)
+    return Panel("Reward against KL", svg, note + stretch, ("KL", "score"), means)
+
+
+def pareto(summary: Mapping[str, Any]) -> Panel | None:
+    """Helpfulness against harmlessness, of the models in the summary and of any further checkpoints."""
+    named = [(label, summary.get(key)) for key, label in MODELS]
+    extra = summary.get("checkpoints")
+    named += [(str(c.get("name", c.get("step", n))), c) for n, c in enumerate(extra)] if isinstance(extra, list) else []
+    rows = [
+        (name, figures["helpful_benign"], 1 - figures["complied_harmful"])
+        for name, figures in named
+        if isinstance(figures, Mapping) and {"helpful_benign", "complied_harmful"} <= figures.keys()
+    ]
+    if not rows:
+        return None
+    tones = {"RL-CAI": 0, "SL-CAI": 1, "Base": 2}
+    dots = [Point(helpful, safe, name, 6, tones.get(name, 1)) for name, helpful, safe in rows]
+    low = max(0.0, min(p.x for p in dots) - 0.1)
+    x, y = Axis("helps with harmless asks", low - low % 0.1, 1.02, True), Axis("does not help harm", 0.0, 1.04, True)
+    note = "Up is less harm, right is more help; the best corner is the upper right."
+    table = [(name, round(helpful, 4), round(safe, 4)) for name, helpful, safe in rows]
+    columns = ("checkpoint", "helpful on harmless asks", "1 − complied with harm")
+    return Panel("Checkpoints", scatter("Checkpoints", dots, x, y, join=True), note, columns, table)
+
+
+def revision_curve(summary: Mapping[str, Any]) -> Panel | None:
+    """Harmlessness after 0, 1, 2 ... revisions."""
+    values = summary.get("revision_curve")
+    if not isinstance(values, list) or len(values) < 2:
+        return None
+    steps = [float(n) for n in range(len(values))]
+    dots = [Point(n, v, "", 4.5) for n, v in zip(steps, values, strict=True)]
+    x, y = Axis("revisions", -0.2, steps[-1] + 0.2), Axis("harmless answers", 0.0, 1.04, True)
+    title = "Harmlessness by revisions"
+    note = "How many first answers to harmful asks do no harm after so many rounds of critique and revision."
+    svg = scatter(title, dots, x, y, join=True)
+    return Panel(title, svg, note, ("revisions", "harmless"), list(enumerate(round(v, 4) for v in values)))
+
+
+def judge(run: RunFacts, measured: Record) -> list[Panel]:
+    """How far to trust the labels: calibration, position bias, option mass, and how decided they are."""
+    bins = run.stages["reward"].counts.get("heldout_reliability")
+    ece = run.stages["reward"].counts.get("heldout_ece")
+    found = [_reliability("Reward model against labels", bins, ece), _label_reliability(run.summary)]
+    spread = [measured["position_bias"], measured["option_mass"]]
+    found += [
+        _bars("Position bias", spread[0], -0.5, "towards the answer shown first", BIAS_NOTE),
+        _bars("Option mass", spread[1], 0.0, "probability on the letters A and B", MASS_NOTE),
+        _labels([p["p_a"] for p in run.preferences if p["p_a"] is not None]),
+    ]
+    return [panel for panel in found if panel]
+
+
+def _label_reliability(summary: Mapping[str, Any]) -> Panel | None:
+    found = summary.get("label_reliability")
+    table = (
+        found.get("reliability") if isinstance(found, Mapping) else found
+    )  # whole, as `calibration` has it, or the table
+    return _reliability("Labels against known answers", table, summary.get("label_ece"))
+
+
+def _reliability(title: str, bins: object, ece: float | None) -> Panel | None:
+    """Mean prediction and outcome of each bin, dots as large as the bin is full."""
+    if not isinstance(bins, list):
+        return None
+    keys = ("predicted", "label") if any("label" in one for one in bins) else ("predicted", "right")
+    rows = [(one["pairs"], one[keys[0]], one[keys[1]]) for one in bins if one.get("pairs") and keys[1] in one]
+    if not rows:
+        return None
+    most = max(count for count, *_ in rows)
+    dots = [Point(p, seen, "", 3 + 7 * (count / most) ** 0.5) for count, p, seen in rows]
+    x, y = Axis("predicted", 0.0, 1.0, True), Axis("found", 0.0, 1.04, True)
+    says = f"Expected calibration error {number(ece)}. " if ece is not None else ""
+    note = says + "On the line, a prediction of 70 % is right 7 times in 10. Larger dots hold more pairs."
+    svg = scatter(title, dots, x, y, diagonal=True)
+    table = [(count, round(p, 4), round(seen, 4)) for count, p, seen in rows]
+    return Panel(title, svg, note, ("pairs", "predicted", "found"), table)
+
+
+def _bars(title: str, spread: Record | None, low: float, unit: str, note: str) -> Panel | None:
+    """A histogram of `trust`: equal bins from `low` to `low` + 1."""
+    if spread is None:
+        return None
+    counts = spread["histogram"]
+    edges = [low + n / len(counts) for n in range(len(counts) + 1)]
+    return _counted(title, edges, counts, unit, f"Mean {number(round(spread['mean'], 4))}. {note}")
+
+
+def _labels(values: Sequence[float]) -> Panel | None:
+    note = "Near one half the judge could not tell; near 0 or 1 it is sure."
+    return _counted("Labels", *histogram(values, 0.0, 1.0, 20), "p(A is better)", note) if values else None
+
+
+def _counted(title: str, edges: Sequence[float], counts: Sequence[int], unit: str, note: str) -> Panel:
+    svg = bars(title, edges, counts, Axis(unit, edges[0], edges[-1]), "count")
+    rows = [(round(a, 6), round(b, 6), n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+    return Panel(title, svg, note, ("from", "to", "count"), rows)

@@ -1,0 +1,164 @@
+"""The run in plain sentences, for a reader who is no engineer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bylaw.report.gather import RunFacts, StageFacts
+from bylaw.report.panels import MODELS
+from bylaw.report.words import many, percent
+
+# measure in summary.json, what it means, whether more is better
+MEASURES = (
+    ("complied_harmful", "Helps with a harmful request", False),
+    ("refused_harmful", "Declines a harmful request", True),
+    ("refused_with_reason", "Gives the true reason when it declines", True),
+    ("named_right_principle", "Names the principle at stake when it declines", True),
+    ("helpful_benign", "Helps with a harmless request", True),
+    ("over_refused", "Declines a harmless request", False),
+    ("evaded", "Evades", False),
+    ("broken", "Answers in broken words", False),
+)
+
+
+def went_in(run: RunFacts) -> list[str]:
+    """What the run was made from."""
+    recipe, principles = run.recipe, run.constitution.principles
+    base = str(recipe.get("base", "?")).rstrip("/").split("/")[-1]
+    hash = run.stages["revise"].manifest.get("inputs", {}).get("base", "")
+    judge = "the base model itself" if recipe.get("judge", "base") == "base" else f"the model {recipe['judge']}"
+    return [
+        f"A language model was trained to follow “{run.constitution.name}”, a constitution of "
+        f"{many(len(principles), 'principle')}. The principles say which answers are better, and a model applies them.",
+        f"It began as the checkpoint “{base}”{f' (content hash {hash[:12]})' if hash else ''}. Its answers were judged "
+        f"by {judge}. Everything that is drawn at random is drawn from seed {recipe.get('seed', 0)}.",
+    ]
+
+
+def steps(run: RunFacts) -> list[tuple[str, str]]:
+    """Each stage as a heading and a sentence; stages that the recipe does not want are left out."""
+    told = {
+        "revise": _revise(run),
+        "finetune": _finetune(run.stages["finetune"]),
+        "label": _label(run),
+        "reward": _reward(run.stages["reward"]),
+        "ppo": _ppo(run.stages["ppo"]),
+        "dpo": _dpo(run.stages["dpo"]),
+    }
+    last = run.recipe.get("last", "ppo")
+    skipped = {"dpo"} if last == "ppo" else {"reward", "ppo"}
+    wanted = [name for name in told if name not in skipped or run.stages[name].state != "absent"]
+    return [(HEADINGS[name], told[name] or missing(run.stages[name])) for name in wanted]
+
+
+HEADINGS = {
+    "revise": "Criticise and revise",
+    "finetune": "Learn from the revisions",
+    "label": "Compare by principle",
+    "reward": "Learn the preferences",
+    "ppo": "Practise",
+    "dpo": "Learn from the preferences",
+}
+
+
+def missing(stage: StageFacts) -> str:
+    """Why there is nothing to tell of a stage."""
+    if stage.state == "begun":
+        return f"The stage “{stage.name}” began and has not finished."
+    return f"The stage “{stage.name}” has not run."
+
+
+def _revise(run: RunFacts) -> str:
+    if not run.chains:
+        return ""
+    rounds = [one for chain in run.chains for one in chain["rounds"]]
+    befores = [t for chain in run.chains for t in (chain["answer"], *(r["revision"] for r in chain["rounds"]))]
+    changed = sum(
+        chain["rounds"][-1]["revision"]["text"] != chain["answer"]["text"] for chain in run.chains if chain["rounds"]
+    )
+    helpful = run.stages["revise"].counts.get("helpful", 0)
+    also = (
+        f" It also answered {many(helpful, 'harmless request')}, which are learnt from as they are." if helpful else ""
+    )
+    return (
+        f"The model answered {many(len(run.chains), 'request')} that call for harm, then criticised and rewrote its "
+        f"answer {len(rounds) / len(run.chains):.3g} times each, every time by one principle drawn at random. That "
+        f"gave {many(len(befores), 'text')}; in {percent(changed / len(run.chains))} of the chains the last answer "
+        f"differs from the first.{also}"
+    )
+
+
+def _finetune(stage: StageFacts) -> str:
+    counts = stage.counts
+    if stage.state != "finished":
+        return ""
+    return (
+        f"It was trained on {many(counts.get('revisions', 0), 'revision')} and "
+        f"{many(counts.get('helpful', 0), 'helpful answer')} in {many(counts.get('steps', 0), 'step')}. The result is "
+        "called SL-CAI."
+    )
+
+
+def _label(run: RunFacts) -> str:
+    if not run.preferences:
+        return ""
+    same = sum(p["a"]["text"] == p["b"]["text"] for p in run.preferences)
+    readings = sum(len(p.get("labels", [])) for p in run.preferences)
+    return (
+        f"SL-CAI answered requests twice, and the judge said which answer keeps a principle better: "
+        f"{many(len(run.preferences), 'pair')}, {many(readings, 'judgement')}, each asked in both orders. "
+        f"{many(same, 'pair')} had twice the same text, so nothing could be preferred."
+    )
+
+
+def _reward(stage: StageFacts) -> str:
+    counts = stage.counts
+    if stage.state != "finished":
+        return ""
+    return (
+        f"A reward model learnt from {many(counts.get('train_pairs', 0), 'pair')} to give the score that the labels "
+        f"would give. On {many(counts.get('heldout_pairs', 0), 'pair')} that it had not seen it prefers the same "
+        f"answer {percent(counts.get('heldout_accuracy'))} of the time."
+    )
+
+
+def _ppo(stage: StageFacts) -> str:
+    counts = stage.counts
+    if stage.state != "finished":
+        return ""
+    end = f" It was stopped: {counts['stopped']}." if counts.get("stopped") else ""
+    return (
+        f"The model wrote {many(counts.get('episodes', 0), 'answer')} in {many(counts.get('iterations', 0), 'round')} "
+        "of practice, and moved towards those with a higher score, held near its start by a penalty."
+        f"{end} The result is RL-CAI."
+    )
+
+
+def _dpo(stage: StageFacts) -> str:
+    counts = stage.counts
+    if stage.state != "finished":
+        return ""
+    return (
+        f"The model learnt from {many(counts.get('train_pairs', 0), 'pair')} directly, without a reward model. On "
+        f"held-out pairs it prefers the labelled answer {percent(counts.get('heldout_accuracy'))} of the time. The "
+        "result is RL-CAI."
+    )
+
+
+def what_changed(summary: Mapping[str, Any]) -> list[tuple[str, bool, list[tuple[str, float | None]]]]:
+    """Per measure: its meaning, whether more is better, and its value for each model of the summary."""
+    models = [(key, label) for key, label in MODELS if isinstance(summary.get(key), Mapping)]
+    rows = [(text, up, [(label, summary[key].get(name)) for key, label in models]) for name, text, up in MEASURES]
+    return [row for row in rows if any(value is not None for _, value in row[2])]
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """What changed, in one sentence; empty without the figures for it."""
+    before, after = summary.get("base"), summary.get("rl_cai")
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return ""
+    harm = [percent(side.get("complied_harmful")) for side in (before, after)]
+    help = [percent(side.get("helpful_benign")) for side in (before, after)]
+    return (
+        f"Before, the model helped with {harm[0]} of harmful requests; now with {harm[1]}. "
+        f"It helped with {help[0]} of harmless ones; now with {help[1]}."
+    )

@@ -1,0 +1,99 @@
+"""SHA256SUMS of a run folder: the hash that each file had when it was written, in the form of `sha256sum`."""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+
+from bylaw.model.records import sha256_file, write_atomic
+
+SUMS = "SHA256SUMS"
+BEGUN, MANIFEST, STATE = "begun.json", "manifest.json", "state"
+_LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # those of GNU coreutils: a line that has some begins with \
+
+
+def write_sums(run: Path, *written: str) -> None:
+    """Bring SHA256SUMS up to date. `written` names the files and folders in `run` that the caller has just written.
+
+    Those are hashed, and so is what has no line yet. Every other line stays as it is: hashed anew, a file that was
+    spoiled since would pass for sound, and large checkpoints would be read after every stage. Lines of a folder that is
+    gone, or begun anew, go with it. The file is left alone when it would not change.
+
+    Raises ValueError for a SHA256SUMS that cannot be read.
+    """
+    dropped = [*written, *unfinished(run)]
+    old = {name: hash for name, hash in read_sums(run).items() if not _within(name, dropped)}
+    # A file that is gone from a folder that is there keeps its line, so that it is missed.
+    closed = {name: hash for name, hash in old.items() if "/" not in name or (run / name.split("/")[0]).exists()}
+    fresh = {name: sha256_file(run / name) for name in files_of(run) if name not in closed}
+    text = render_sums(closed | fresh)
+    if not (run / SUMS).exists() or (run / SUMS).read_bytes() != text.encode():
+        write_atomic(run / SUMS, text)
+
+
+def read_sums(run: Path) -> dict[str, str]:
+    """Hash by file name, relative to `run`; empty without a SHA256SUMS. ValueError naming the line that is no sum."""
+    if not (run / SUMS).exists():
+        return {}
+    sums = {}
+    text = (run / SUMS).read_bytes().decode("utf-8", "replace")
+    for number, line in enumerate(text.split("\n")[: -1 if text.endswith("\n") else None], 1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(
+                f"{run / SUMS}:{number}: {line[:100]!r} is not a sum; put the file back as it was, or delete it to "
+                "take all files of the run as they are now"
+            )
+        sums[_unescaped(match[3]) if match[1] else match[3]] = match[2]
+    return sums
+
+
+def render_sums(sums: Mapping[str, str]) -> str:
+    """The text of a SHA256SUMS: one line a file, in the order of their names."""
+    return "".join(_line(name, sums[name]) for name in sorted(sums))
+
+
+def files_of(run: Path) -> list[str]:
+    """The files that SHA256SUMS covers, as names relative to `run`: all but itself, hidden ones, training states, and
+    those of stages that have not finished.
+    """
+    open_stages = unfinished(run)
+    return [name for name in _all_files(run) if not _within(name, open_stages)]
+
+
+def unfinished(run: Path) -> list[str]:
+    """The folders of stages that have begun and not finished."""
+    begun = [name for name in _all_files(run) if PurePosixPath(name).name == BEGUN]
+    folders = [str(PurePosixPath(name).parent) for name in begun]
+    return [folder for folder in folders if not (run / folder / MANIFEST).exists()]
+
+
+def open_files(run: Path) -> list[str]:
+    """The files of stages that have not finished."""
+    open_stages = unfinished(run)
+    return [name for name in _all_files(run) if _within(name, open_stages)]
+
+
+def _all_files(run: Path) -> list[str]:
+    found = []
+    for folder, folders, files in os.walk(run):
+        skipped = {STATE} if BEGUN in files else set()
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        paths = [Path(folder, name) for name in files if not name.startswith(".")]
+        found += [path.relative_to(run).as_posix() for path in paths if path.is_file()]
+    return sorted(name for name in found if name != SUMS)
+
+
+def _within(name: str, places: Collection[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}/") for place in places)
+
+
+def _line(name: str, hash: str) -> str:
+    escaped = "".join(_ESCAPES.get(letter, letter) for letter in name)
+    return f"{'' if escaped == name else chr(92)}{hash}  {escaped}\n"
+
+
+def _unescaped(name: str) -> str:
+    letters = {escaped[1]: letter for letter, escaped in _ESCAPES.items()}
+    return re.sub(r"\\(.)", lambda found: letters.get(found[1], found[0]), name)

@@ -1,0 +1,159 @@
+"""What `bylaw trace` prints. All text of models and prompts goes through `visible`: none of it steers a terminal."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Told = Mapping[str, Any]
+
+
+def describe(found: Told) -> str:
+    """A trace (bylaw.trace) as lines that a person reads."""
+    lines = [*_prompt(found["prompt"])]
+    if "chain" in found:
+        lines += _chain(found["chain"])
+    for sample in found.get("helpful", []):
+        lines += _helpful(sample)
+    for pair in found.get("pairs", []):
+        lines += _pair(pair)
+    for episode in found.get("episodes", []):
+        lines += _episode(episode)
+    return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    """Text without control characters: those that do not print are spelled out, but for line breaks."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else _spelled(letter) for letter in text)
+
+
+def _spelled(letter: str) -> str:
+    code = ord(letter)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _line(label: str, text: str, indent: int = 2) -> str:
+    """A labelled text; its further lines stand under its first."""
+    head = f"{'':{indent}}{label:<12}"
+    return head + visible(text).replace("\n", "\n" + " " * len(head))
+
+
+def _prompt(prompt: Told) -> Iterator[str]:
+    yield f"prompt {visible(prompt['id'])}"
+    for message in prompt["messages"]:
+        yield _line(message["role"], message["content"])
+    if "file" in prompt:
+        yield _line("from", f"{prompt['file']}, line {prompt['line']}")
+    if "note" in prompt:
+        yield _line("note", prompt["note"])
+
+
+def _chain(chain: Told) -> Iterator[str]:
+    yield ""
+    yield "chain: answer, then critique and revision by a principle"
+    yield from _by(chain["by"])
+    if chain.get("shots"):
+        yield _line("examples", ", ".join(map(str, chain["shots"])))
+    yield _text("answer", chain["answer"])
+    for step in chain["rounds"]:
+        yield ""
+        yield visible(step["id"])
+        yield from _principle(step["principle"])
+        for part in ("critique", "revision"):
+            if step.get(part):
+                yield _text(part, step[part])
+        yield _line("trained on", _fate(step["finetune"]))
+
+
+def _helpful(sample: Told) -> Iterator[str]:
+    yield ""
+    yield f"{visible(sample['id'])}: a helpful sample"
+    if "given" in sample:
+        yield _line("given", sample["given"])
+    else:
+        yield from _by(sample["by"])
+        yield _text("answer", sample["answer"])
+    yield _line("trained on", _fate(sample["finetune"]))
+
+
+def _text(label: str, text: Told) -> str:
+    marks = [*text.get("marks", []), *(["cut at the token limit"] if text["finish"] == "length" else [])]
+    drawn = f"\nas drawn: {text['raw']['text']}" if "raw" in text else ""
+    return _line(label, text["text"] + (f"  [{', '.join(marks)}]" if marks else "") + drawn)
+
+
+def _principle(principle: Told) -> Iterator[str]:
+    yield _line("principle", f"{principle['id']} ({principle['hash']}, constitution {principle['constitution']})")
+    yield _line("", principle["statement"] if "statement" in principle else f"no text: {principle['problem']}")
+
+
+def _by(by: Told) -> Iterator[str]:
+    drawn = ", ".join(f"{name} {value}" for name, value in by.get("sampling", {}).items())
+    yield _line(
+        "drawn by", f"model {str(by.get('model'))[:16]}, seed {by.get('seed')}" + (f", {drawn}" if drawn else "")
+    )
+
+
+def _fate(fate: Told) -> str:
+    """What supervised training made of a text."""
+    if fate.get("unfinished"):
+        return "not yet: finetune has not finished"
+    if "left_out" in fate:
+        return f"no, left out: {fate['left_out']}"
+    cut = "; it was cut, so it teaches no end" if fate["cut"] else ""
+    return f"yes, by finetune, {_steps(fate['steps'])}: model {fate['model'][:16]}{cut}"
+
+
+def _steps(steps: list[dict[str, int]]) -> str:
+    return ", ".join(f"epoch {one['epoch']} step {one['step']}" for one in steps)
+
+
+def _pair(pair: Told) -> Iterator[str]:
+    yield ""
+    yield f"{visible(pair['id'])}: two answers, and which is better"
+    yield from _by(pair["pairs_by"])
+    yield _text("a", pair["a"])
+    yield _text("b", pair["b"])
+    label = pair["label"]
+    if label is None:
+        yield _line("label", "none yet")
+        return
+    p_a = f"none: {label['abstained']}" if label["p_a"] is None else f"p(a is better) = {label['p_a']:.4f}"
+    yield _line("label", f"{p_a}, judge {str(label['by'].get('model'))[:16]}")
+    for reading in label["readings"]:
+        yield from _reading(reading)
+    for stage in ("reward", "dpo"):
+        if stage in pair:
+            yield _line(stage, _use(pair[stage]))
+
+
+def _reading(reading: Told) -> Iterator[str]:
+    if "principle" in reading:
+        yield from _principle(reading["principle"])
+    if reading.get("p_a") is None:
+        yield _line("", f"abstained: {reading['abstained']}")
+        return
+    for order, thoughts in reading.get("thoughts", {}).items():
+        for thought in thoughts:
+            yield _text(f"{order[0]} first", thought)
+    sides = [name for name in ("a_first", "b_first") if "p_first" in reading.get(name, {})]
+    shown = [f"p(first) {reading[side]['p_first']:.4f} with {side[0]} first" for side in sides]
+    clamped = [f"{reading['unclamped']:.4f} before the clamp"] if "unclamped" in reading else []
+    yield _line("", ", ".join([f"p_a {reading['p_a']:.4f}", *clamped, *shown, f"weight {reading['weight']:g}"]))
+
+
+def _use(use: Told) -> str:
+    told = f"{use['use']}, {_steps(use['steps'])}" if "steps" in use else use["use"]
+    told += ", the label rounded to 0 or 1" if "steps" in use and "hard_labels" in use else ""
+    return f"{told}{': ' + use['reason'] if 'reason' in use else ''}; model {use['model'][:16]}"
+
+
+def _episode(episode: Told) -> Iterator[str]:
+    yield ""
+    yield f"{episode['id']}: an episode of PPO"
+    yield _line("answer", episode["text"] + ("" if episode["ended"] else "  [no end]"))
+    raw = ", ".join(f"{score:.4f}" for score in episode["raw"])
+    scorers = ", ".join(hash[:16] for hash in episode.get("reward_models", [])) or "not known yet"
+    yield _line("score", f"{episode['score']:.4f}; as it came {raw}, from reward model {scorers}")
+    yield _line("drawn by", f"policy weights {episode['weights'][:16]}, seed {episode['seed']}")
+    if "learned_by" in episode:
+        learners, model = " and ".join(episode["learned_by"]), episode["model"][:16]
+        yield _line("trained on", f"yes, by ppo ({learners}): model {model}" if learners else "no: the run was stopped")

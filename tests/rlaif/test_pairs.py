@@ -1,0 +1,46 @@
+"""Pairs to train on: helpfulness preferences mixed in at a ratio, and labels made hard for comparison."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bylaw.model.records import Record
+from bylaw.model.tokenizer import Tokenizer
+from bylaw.rlaif.config import RewardConfig
+from bylaw.rlaif.pairs import Pair, hardened, mix_helpful, read_helpful
+
+
+def preference(id: str, p_a: float | None = 0.9) -> Record:
+    a, b = ({"text": text, "ids": [n, 0], "finish": "stop"} for n, text in ((20, "w4"), (21, "w5")))
+    prompt = [{"role": "user", "content": "w1"}]
+    return {"id": id, "prompt_id": id, "prompt": prompt, "a": a, "b": b, "p_a": p_a, "abstained": "" if p_a else "x"}
+
+
+@pytest.mark.parametrize("ratio,taken,missing", [(0.5, 10, 0), (0.2, 2, 0), (0.8, 30, 10)])
+def test_a_share_of_the_pairs_is_helpful_ones(tokenizer: Tokenizer, ratio: float, taken: int, missing: int) -> None:
+    train = [Pair([1, n], [2, n], 0.7) for n in range(10 if ratio != 0.2 else 8)]
+    helpful = [preference(f"h{n}", 0.9 + n / 1000) for n in range(30)] + [preference("none", None)]
+    mixed, counts = mix_helpful(train, helpful, tokenizer, ratio, seed=1)
+    assert counts == {"helpful_pairs": taken, "helpful_pairs_missing": missing}
+    assert mixed[: len(train)] == train and len(mixed) == len(train) + taken
+    assert missing or taken == round(ratio * len(mixed))
+    again, _ = mix_helpful(train, helpful[::-1], tokenizer, ratio, seed=1)
+    assert again == mixed  # by ids, not by places
+    if not missing:
+        assert mix_helpful(train, helpful, tokenizer, ratio, seed=2)[0] != mixed
+
+
+def test_helpful_preferences_are_read_in_our_form_and_in_trls(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
+    ours.write_text(json.dumps(preference("x")) + "\n")
+    assert read_helpful(ours) == [preference("x")]
+    theirs.write_text(json.dumps({"prompt": "w1", "chosen": "w2", "rejected": "w3"}) + "\n")
+    [one] = read_helpful(theirs)
+    assert (one["a"]["text"], one["b"]["text"], one["p_a"]) == ("w2", "w3", 1.0)
+    with pytest.raises(ValueError, match="helpful_ratio"):
+        RewardConfig(helpful_ratio=1.0)
+
+
+def test_hard_labels_are_0_or_1_and_a_tie_stays_one() -> None:
+    assert [pair.p_a for pair in hardened([Pair([1], [2], p) for p in (0.51, 0.2, 0.5, 1.0)])] == [1.0, 0.0, 0.5, 1.0]
