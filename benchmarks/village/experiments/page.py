@@ -81,7 +81,7 @@ def _plot(experiment: Experiment, rows: Rows, path: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("plots need matplotlib; pip install 'bylaw[plot]'") from error
+        raise ValueError("plots need matplotlib; pip install 'bylaw[report]'") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "bylaw"  # the same rows, the same bytes
     from matplotlib import pyplot
