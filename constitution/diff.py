@@ -187,9 +187,14 @@ def _field(diff: Diff, old: Principle, new: Principle, name: str) -> list[str]:
 
 
 def _shares(diff: Diff, id: str) -> str:
-    """Draws per stage before and now; said once where both stages have the same."""
-    parts = {stage: "{:.1%} of the draws before, {:.1%} now".format(*diff.share(stage, id)) for stage in STAGES}
-    if len(set(parts.values())) == 1:
+    """Draws per stage before and now; said once where both stages have the same. A stage that never draws it is not
+    named.
+    """
+    shares = {stage: diff.share(stage, id) for stage in STAGES}
+    parts = {
+        stage: "{:.1%} of the draws before, {:.1%} now".format(*both) for stage, both in shares.items() if any(both)
+    }
+    if len(parts) == len(STAGES) and len(set(parts.values())) == 1:
         return parts[STAGES[0]]
     return "; ".join(f"{stage}: {text}" for stage, text in parts.items())
 

@@ -26,6 +26,7 @@ from bylaw.rlaif.judge import ORDERS, Judge
 from bylaw.rlaif.reader import Reading
 
 TOO_LITTLE = "too little probability on the option letters"
+NO_THOUGHT = "no room for a thought, or none before its limit"
 Kept = Mapping[str, Mapping[str, dict[str, Any]]]
 """Readings that are known, by a pair's id and a principle's."""
 
@@ -95,11 +96,17 @@ def _ask(judge: Judge, asked: Sequence[tuple[Record, Principle]]) -> list[dict[s
     texts = [[thought["text"] for thought in one] or [""] for one in thoughts]
     questions = [judge.question(d, text) for d, said in zip(dialogues, texts, strict=True) for text in said]
     readings = _grouped(judge.reader.read(questions), [len(said) for said in texts])
-    sides = list(zip(readings, thoughts, strict=True))
+    sides = [(_thought_out(read, said), said) for read, said in zip(readings, thoughts, strict=True)]
     return [
         judge.named(one) | _label(first, second, judge.config)
         for (_, one), first, second in zip(asked, sides[::2], sides[1::2], strict=True)
     ]
+
+
+def _thought_out(readings: Sequence[Reading], thoughts: Sequence[Record]) -> list[Reading]:
+    """The readings, less those that stand on no thought at all, where there was to be one."""
+    cut = [thought["finish"] == "length" and not thought["text"] for thought in thoughts] or [False]
+    return [Reading(None, NO_THOUGHT) if none else one for one, none in zip(readings, cut, strict=True)]
 
 
 def _grouped(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -161,6 +168,7 @@ def _mean(readings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             most = max(one[name] for one in used)
             side[name] = most + math.log(math.fsum(math.exp(one[name] - most) for one in used) / len(used))
         side |= {name: math.fsum(one[name] for one in used) / len(used) for name in ("mass", "p_first")}
+        side |= {"bounded": True} if any("bounded" in one for one in used) else {}
     return side
 
 

@@ -176,6 +176,8 @@ def _strings(record: Record, name: str, where: str) -> list[str]:
 
 def _texts(record: Record, where: str) -> tuple[list[str], list[int]]:
     if isinstance(scores := record.get("target_scores"), dict):
+        if not all(scores) or not all(isinstance(score, int | float) for score in scores.values()):
+            raise ValueError(f"{where}: target_scores = {scores!r:.80}; allowed: a number for each text, none empty")
         return list(scores), [place for place, score in enumerate(scores.values()) if score == max(scores.values())]
     options, answer = _strings(record, "options", where), record.get("answer")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(options):

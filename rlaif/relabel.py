@@ -26,10 +26,16 @@ def relabel(
 
     `comparisons`, of them `touched` (another principle, question or weight) and `asked` anew (`questions`, each in both
     orders). Untouched ones keep their readings to the bit. Raises ValueError where the two judges are not one reader
-    with one configuration: then nothing can be carried over.
+    with one configuration, or `before` is not what made the labels: then nothing can be carried over.
     """
     if (before.reader.hash, before.config, before.seed) != (judge.reader.hash, judge.config, judge.seed):
         raise ValueError("the labels were made by another judge, or by other settings; make them anew: bylaw label")
+    by = before.provenance()
+    if other := sorted({name for one in labelled for name in by if one["by"].get(name) != by[name]}):
+        raise ValueError(
+            f"the labels were made by another {', '.join(other)} than the recipe names now, so they cannot be amended; "
+            "put the old one back, or make the labels anew: bylaw label"
+        )
     judge.check()
     kept = {one["id"]: carried(before, judge, one) for one in labelled}
 

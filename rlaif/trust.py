@@ -75,7 +75,7 @@ def describe_trust(measured: dict[str, Any]) -> str:
         *(f"  abstained, {count}: {reason}" for reason, count in labels["abstained"].items()),
         "",
     ]
-    width = max((len(id) for id in measured["principles"]), default=9)
+    width = max([len("principle"), *map(len, measured["principles"])])
     heads = ("readings", "abst.", "ties", "mass", "mass 5%", "bias", "|bias|", "consistent")
     lines.append(f"{'principle':<{width}}" + "".join(f"{head:>11}" for head in heads))
     rows = {"all": measured} | measured["principles"]
@@ -85,7 +85,13 @@ def describe_trust(measured: dict[str, Any]) -> str:
         lines += ["", "option mass     " + _histogram(mass["histogram"], 0.0)]
     if measured["position_bias"]:
         lines.append("position bias   " + _histogram(measured["position_bias"]["histogram"], -0.5))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _KEY])
+
+
+_KEY = """\
+mass        probability on the two option letters: mean, and what all but 5% of the questions have at least
+bias        lean to the answer shown first, cancelled by asking in both orders: mean, and mean size
+consistent  share of readings of two different answers that prefer the same answer in both orders"""
 
 
 def _labels(records: Sequence[Record], tie: float) -> dict[str, Any]:

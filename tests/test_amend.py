@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from small_run import CONSTITUTION
 
-from bylaw.amend import amend
+from bylaw.amend import amend, describe
 from bylaw.branch import branch
 from bylaw.check import check
+from bylaw.constitution.diff import diff
+from bylaw.constitution.load import parse_constitution
 from bylaw.model.records import read_records
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import AmendConfig, load_recipe
@@ -74,6 +76,17 @@ def test_what_reaches_no_prompt_changes_nothing(run: Path, tmp_path: Path) -> No
     assert (facts["first_stage"], facts["touched"], facts["asked"], facts["flips"]) == (None, 0, 0, 0)
     with pytest.raises(ValueError, match="reaches no prompt"):
         amend(run, new, AmendConfig(out=tmp_path / "again"))
+
+
+def test_the_labels_that_moved_most_are_shown_first() -> None:
+    sides = [{"p_a": p, "side": "a" if p > 0.5 else "b"} for p in (0.4999, 0.5001, 0.1, 0.9)]
+    asked = {"prompt": [{"role": "user", "content": "?"}], "a": "yes", "b": "no"}
+    small, large = ({"id": id, "before": sides[n], "after": sides[n + 1]} | asked for id, n in (("s", 0), ("l", 2)))
+    change = diff(*[parse_constitution(CONSTITUTION, "small")] * 2)
+    facts = {"comparisons": 2, "touched": 2, "asked": 2, "questions": 2, "flips": 2, "first_stage": None}
+    facts["chains"] = {"rounds": 0, "of": 0, "chains": 0}
+    text = describe(change, facts, [small, large], Path("there"))
+    assert text.index("l: b (p(a) 0.1000) -> a (p(a) 0.9000)") < text.index("s: b (p(a) 0.4999)")
 
 
 def test_a_run_without_labels_is_refused(run: Path, tmp_path: Path) -> None:

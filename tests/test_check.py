@@ -168,6 +168,25 @@ def test_inputs_from_outside_are_notes(run: Path, finished: Path) -> None:
     assert "note: stage revise read" in report(run, found)
 
 
+def test_ppo_that_a_judge_scored_is_sound(run: Path) -> None:
+    path, label = run / "ppo" / "manifest.json", json.loads((run / "label" / "manifest.json").read_text())
+    manifest = json.loads(path.read_text())
+    del manifest["inputs"]["reward-model"]
+    judged = {key: label["inputs"][key] for key in ("judge", "constitution")} | {"judging": "all 4 0.006"}
+    for constitution, count in ((judged["constitution"], 0), ("0" * 16, 1)):
+        manifest["inputs"] |= judged | {"constitution": constitution}
+        path.write_text(json.dumps(manifest))
+        write_sums(run, "ppo")
+        found = check(run)
+        assert (len(found.problems), found.notes) == (count, [])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="no such folder|not a run folder"):
+            check(folder)
+
+
 def work(folder: Path) -> dict[str, Any]:
     (folder / "texts.jsonl").write_text('{"id": "1"}\n')
     return {}

@@ -267,6 +267,9 @@ def test_stages_that_are_missing_are_told(tmp_path: Path) -> None:
     empty = Reader(render(gather(tmp_path), ReportConfig())).words
     assert "No chains: The stage “revise” has not run." in empty and "no summary.json" in empty
     assert "This recipe ends in DPO" in empty and "The stage “dpo” has not run." in empty
+    (tmp_path / "recipe.toml").write_text('base = "b"\nconstitution = "village"\n[ppo]\nreward = "judge"\n')
+    judged = Reader(render(gather(tmp_path), ReportConfig())).words
+    assert "the judge itself scores" in judged and "“ppo” has not run" in judged and "“reward” has" not in judged
     write(tmp_path / "revise" / "begun.json", {})
     write(tmp_path / "revise" / "chains.jsonl", CHAINS[0])
     with (tmp_path / "revise" / "chains.jsonl").open("a") as file:

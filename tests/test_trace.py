@@ -190,6 +190,12 @@ def test_critic_warm_up_and_a_stop_are_told(finished: Path, tmp_path: Path) -> N
     learned = {n: tracer.trace(f"ppo/{n}/0")["episodes"][0]["learned_by"] for n in (0, 1, 5)}
     assert learned == {0: ["value"], 1: ["policy", "value"], 5: []}
     assert "no: the run was stopped" in describe(tracer.trace("ppo/5/0"))
+    del told["inputs"]["reward-model"]
+    told["inputs"]["judge"] = "cafe" * 16
+    path.write_text(json.dumps(told))
+    assert "from judge cafecafecafecafe\n" in describe(Tracer(Ledger(run)).trace("ppo/0/0"))
+    path.unlink()
+    assert "not yet: ppo has not finished" in describe(Tracer(Ledger(run)).trace("ppo/0/0"))
 
 
 @pytest.fixture

@@ -14,15 +14,16 @@ from typing import Any
 
 from bylaw.branch import branch
 from bylaw.constitution.diff import Diff, describe_diff, diff
+from bylaw.constitution.examples import beside
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution, Stage
 from bylaw.constitution.write import dump_constitution
 from bylaw.inputs import Run
 from bylaw.judges import judge_reader
 from bylaw.ledger import Ledger
-from bylaw.model.records import Record, encode_record, read_records, write_atomic
+from bylaw.model.records import Record, encode_record, read_object, read_records, sha256_file, write_atomic
 from bylaw.pipeline import run_pipeline
-from bylaw.recipe import AmendConfig
+from bylaw.recipe import AmendConfig, Recipe
 from bylaw.rlaif.judge import Judge
 from bylaw.rlaif.relabel import flips, relabel
 from bylaw.runs import is_begun
@@ -30,22 +31,24 @@ from bylaw.sl_cai.revise import drawn_principle
 from bylaw.sums import write_sums
 
 SHOWN = 10
-PREFERENCES, FLIPS = "preferences.jsonl", "flips.jsonl"
+PREFERENCES, FLIPS, OF = "preferences.jsonl", "flips.jsonl", "of.json"
 
 
 def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     """Compare, relabel, list and estimate; write it all to the run, print it, and retrain if asked; returns the facts.
 
-    Raises ValueError for a run whose labels are not finished or were made by other constitutions than it keeps, and
-    FileNotFoundError as `load_constitution` does.
+    Raises ValueError for a run whose labels are not finished, were made by other constitutions than it keeps or are not
+    those that an earlier call began with, and FileNotFoundError as `load_constitution` does.
     """
     ledger = Ledger(folder)
     amended, labelled = load_constitution(new), _labelled(ledger)
     old = _constitution_of(ledger, labelled)
     there = folder / "amendments" / amended.hash
     kept = ledger.constitution_path(amended.hash)
-    write_atomic(kept, dump_constitution(amended))
+    if not kept.exists():  # an equal one may stand there
+        write_atomic(kept, dump_constitution(amended))
     changes = diff(old, amended)
+    _begin(there, sha256_file(folder / "label" / PREFERENCES))
     before, after = _judges(ledger, old, kept)
     found = relabel(before, after, labelled, there / PREFERENCES)
     flipped = flips(labelled, read_records(there / PREFERENCES))
@@ -53,7 +56,7 @@ def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     facts |= {"flips": len(flipped), "chains": _chains(ledger, old, amended), "by_principle": _leans(flipped)}
     write_atomic(there / FLIPS, "".join(encode_record(one, FLIPS).decode() for one in flipped))
     write_atomic(there / "amendment.json", json.dumps(facts, indent=2) + "\n")
-    write_sums(folder, "amendments", f"constitutions/{kept.name}")
+    write_sums(folder, f"amendments/{amended.hash}", f"constitutions/{kept.name}")
     print(json.dumps(facts, indent=2) if config.json else describe(changes, facts, flipped, there))
     if config.out:
         _remake(ledger, config.out, there, facts["first_stage"])
@@ -70,7 +73,7 @@ def first_stage(changes: Diff) -> str | None:
 
 
 def describe(changes: Diff, facts: dict[str, Any], flipped: Sequence[Record], there: Path) -> str:
-    """As a person reads it: the change, what it reaches, and the first of the labels that flipped."""
+    """As a person reads it: the change, what it reaches, and the labels that flipped, those that moved most first."""
     chains = facts["chains"]
     lines = [
         describe_diff(changes),
@@ -82,8 +85,9 @@ def describe(changes: Diff, facts: dict[str, Any], flipped: Sequence[Record], th
         f"first stage to be made again: {facts['first_stage'] or 'none'}",
         "",
     ]
-    lines += [_describe_flip(one) for one in flipped[:SHOWN]]
-    more = f"{len(flipped) - SHOWN} more of them: {there / FLIPS}" if len(flipped) > SHOWN else f"Kept in {there}"
+    lines += [_describe_flip(one) for one in sorted(flipped, key=_moved, reverse=True)[:SHOWN]]
+    rest = len(flipped) - SHOWN
+    more = f"{rest} more, which moved less: {there / FLIPS}" if rest > 0 else f"Kept in {there}"
     return "\n".join([*lines, more])
 
 
@@ -91,7 +95,7 @@ def _describe_flip(flip: Record) -> str:
     before, after = flip["before"], flip["after"]
     return "\n".join(
         [
-            f"{flip['id']}: {_said(before)} -> {_said(after)}",
+            f"{_line(flip['id'])}: {_said(before)} -> {_said(after)}",
             f"  prompt  {_line(flip['prompt'][-1]['content'])}",
             f"  a       {_line(flip['a'])}",
             f"  b       {_line(flip['b'])}",
@@ -100,8 +104,14 @@ def _describe_flip(flip: Record) -> str:
     )
 
 
+def _moved(flip: Record) -> float:
+    """How far the label moved; one that began or ceased to abstain comes first."""
+    before, after = flip["before"]["p_a"], flip["after"]["p_a"]
+    return 1.0 if None in (before, after) else abs(after - before)
+
+
 def _said(one: Record) -> str:
-    return one["side"] if one["p_a"] is None else f"{one['side']} (p(a) {one['p_a']:.3f})"
+    return one["side"] if one["p_a"] is None else f"{one['side']} (p(a) {one['p_a']:.4f})"
 
 
 def _line(text: str) -> str:
@@ -113,6 +123,25 @@ def _labelled(ledger: Ledger) -> list[Record]:
     if "label" not in ledger.manifests:
         raise ValueError(f"{ledger.run}: its stage label is not finished; run `bylaw label` with its recipe first")
     return list(ledger.preferences.values())
+
+
+def _begin(there: Path, labels: str) -> None:
+    """Note the hash of the labels that are amended. ValueError where others were, and some of theirs are kept."""
+    if (there / PREFERENCES).exists() and (
+        not (there / OF).exists() or read_object(there / OF).get("labels") != labels
+    ):
+        raise ValueError(f"{there} was made of other labels than the run has now; delete it to make it anew")
+    write_atomic(there / OF, json.dumps({"labels": labels}) + "\n")
+
+
+def _recipe(ledger: Ledger) -> Recipe:
+    """The run's recipe, for where the folder lies now. The examples beside its constitution are named: none lie beside
+    those that a run keeps.
+    """
+    recipe = ledger.recipe
+    shots = recipe.label.shots or recipe.revise.shots
+    examples = recipe.examples or (str(beside(recipe.constitution)) if shots else "")
+    return replace(recipe, out=ledger.run, examples=examples)
 
 
 def _constitution_of(ledger: Ledger, labelled: Sequence[Record]) -> Constitution:
@@ -127,7 +156,8 @@ def _constitution_of(ledger: Ledger, labelled: Sequence[Record]) -> Constitution
 
 def _judges(ledger: Ledger, old: Constitution, new: Path) -> tuple[Judge, Judge]:
     """The judge of the run's labels, and the same one with the amended constitution."""
-    runs = [Run(replace(ledger.recipe, constitution=str(path))) for path in (ledger.constitution_path(old.hash), new)]
+    recipe = _recipe(ledger)
+    runs = [Run(replace(recipe, constitution=str(path))) for path in (ledger.constitution_path(old.hash), new)]
     reader = judge_reader(runs[0])
     before = runs[0].judge(reader)
     after = runs[1].constitution
@@ -165,7 +195,7 @@ def _remake(ledger: Ledger, out: Path, there: Path, first: str | None) -> None:
     """
     if first is None:
         raise ValueError("the amendment reaches no prompt and no draw: there is nothing to make again")
-    recipe = ledger.recipe
+    recipe = _recipe(ledger)
     branch(ledger.run, out, recipe.stages[: recipe.stages.index(first)])
     if first == "label" and not is_begun(out / "label"):
         (out / "label").mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,11 @@ def _rows_of(path: Path, harmful: bool) -> list[Ask]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Record]]:

@@ -144,7 +144,7 @@ def constitution_of(run: Path, hash: str) -> Constitution:
 
 def describe_attribution(found: Attribution) -> str:
     """The measures as two tables for a person."""
-    width = max((len(effect.id) for effect in found.principles), default=9)
+    width = max([len("principle"), *(len(effect.id) for effect in found.principles)])
     heads = ("rounds", "changed", "labels", "abst.", "strength", "decided", "direction", "disagrees", "flips", "change")
     lines = [f"{found.chains} chains, {found.pairs} pairs labelled by principles", ""]
     if found.without_readings:

@@ -23,8 +23,10 @@ _UPSTREAM = {
     "dpo": {"preferences": "label/preferences.jsonl", "sl-cai": "finetune/sl-cai"},
 }
 """What a stage reads of the stages before it."""
-_DRAWN_BY = {"revise": "critique", "label": "comparison"}
-"""What of the constitution reaches a stage's prompts."""
+_DRAWN_BY = {"revise": "critique", "label": "comparison", "ppo": "comparison"}
+"""What of the constitution reaches a stage's prompts; PPO has some where the judge gives its rewards."""
+_SETTINGS = ("limits", "judging")
+"""Inputs that are settings of the recipe, and no hashes."""
 
 
 @dataclass
@@ -40,9 +42,11 @@ class Findings:
 
 
 def check(run: Path) -> Findings:
-    """Read everything in a run folder. Raises FileNotFoundError for a folder that is none."""
+    """Read everything in a run folder. Raises FileNotFoundError for what is no run folder."""
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such folder")
+    if not any((run / name).exists() for name in ("recipe.toml", SUMS)):  # one of them may be what was lost
+        raise FileNotFoundError(f"{run}: not a run folder (it has neither recipe.toml nor {SUMS})")
     found = Findings(files=len(files_of(run)))
     found.problems += check_sums(run)
     for folder in unfinished(run):
@@ -129,7 +133,7 @@ def _check_stage(ledger: Ledger, name: str, manifest: Record, hashes: _Hashes, f
             _check_examples(ledger, name, hash, found)
         elif input.startswith("reward "):
             _note(name, Path(input.removeprefix("reward ")), hash, hashes, found)
-        elif input != "limits":
+        elif input not in _SETTINGS:
             found.notes.append(f"stage {name}: its input {input!r} is not one that this check knows")
 
 

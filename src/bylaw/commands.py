@@ -1,5 +1,6 @@
 """Commands about what is there: checkpoints, constitutions, finished runs. Heavy imports stand inside them."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -141,7 +142,10 @@ def trust(args: list[str]) -> None:
     from bylaw.rlaif.trust import describe_trust
     from bylaw.rlaif.trust import trust as measure
 
-    measured = measure(read_records(run / "label" / "preferences.jsonl"))
+    path = run / "label" / "preferences.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `bylaw label` writes it")
+    measured = measure(read_records(path))
     print(json.dumps(measured, indent=2) if as_json else describe_trust(measured))
 
 
@@ -153,7 +157,8 @@ def judge(args: list[str]) -> None:
     usage = "bylaw judge FOLDER FILE"
     folder, rest = _folder(args, f"{usage} [flags]")
     file, rest = _folder(rest, f"{usage} [flags], and a file of questions after it") if folder else (None, rest)
-    config = tyro.cli(JudgeConfig, args=rest, prog=usage, description=f"{judge.__doc__}\n\n{JudgeConfig.__doc__}")
+    about = f"{judge.__doc__}\n\n{inspect.getdoc(JudgeConfig)}"
+    config = tyro.cli(JudgeConfig, args=rest, prog=usage, description=about)
     assert folder is not None and file is not None
     work(folder, file, config)
 

@@ -47,7 +47,8 @@ class EvaluateConfig:
     constitution: str = ""
     """TOML file or shipped name; with it, refusals are searched for the principles that they name."""
     rules: Path | None = None
-    """TOML file of markers to read answers by, in place of those that come with bylaw (src/bylaw/refusals.toml)."""
+    """TOML file of markers to read answers by, in place of those that come with bylaw (src/bylaw/refusals.toml),
+    or beside them with `extend = true` in it."""
     out: Path = Path("evaluation")
     """Folder for the answers, with what was read in each, and evaluation.json."""
     samples: int = 1

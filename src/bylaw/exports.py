@@ -20,9 +20,9 @@ ConstitutionForm = Literal["anthropic-critiques", "anthropic-comparisons", "hugg
 class DiffConfig:
     """What changed between two constitutions, in words."""
 
-    old: tyro.conf.Positional[str]
+    old: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OLD")]
     """A TOML file, or the name of one that comes with bylaw."""
-    new: tyro.conf.Positional[str]
+    new: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NEW")]
     """Another."""
 
 
@@ -64,7 +64,7 @@ class ExportConstitutionConfig:
 class ExportConfig:
     """The data of a run in the form of others."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     out: Path
     """The JSONL file to write."""

@@ -184,6 +184,7 @@ class Tracer:
             return told | {"unfinished": True}
         inputs, config = manifest["inputs"], manifest["config"]
         scorers = [inputs[name] for name in inputs if name == "reward-model" or name.startswith("reward ")]
+        told |= {"judge": inputs["judge"]} if "judge" in inputs else {}  # it gave marks, in place of a reward model
         told["reward_models"] = scorers
         told["start"] = inputs["sl-cai"]
         told["sampling"] = {"temperature": config["temperature"], "max_tokens": config["max_tokens"]}

@@ -151,9 +151,13 @@ def _episode(episode: Told) -> Iterator[str]:
     yield f"{episode['id']}: an episode of PPO"
     yield _line("answer", episode["text"] + ("" if episode["ended"] else "  [no end]"))
     raw = ", ".join(f"{score:.4f}" for score in episode["raw"])
-    scorers = ", ".join(hash[:16] for hash in episode.get("reward_models", [])) or "not known yet"
-    yield _line("score", f"{episode['score']:.4f}; as it came {raw}, from reward model {scorers}")
+    scorers = [f"judge {episode['judge'][:16]}"] if "judge" in episode else []
+    scorers += [f"reward model {hash[:16]}" for hash in episode.get("reward_models", [])]
+    said = ", ".join(scorers) or "a reward model that ppo names when it has finished"
+    yield _line("score", f"{episode['score']:.4f}; as it came {raw}, from {said}")
     yield _line("drawn by", f"policy weights {episode['weights'][:16]}, seed {episode['seed']}")
     if "learned_by" in episode:
         learners, model = " and ".join(episode["learned_by"]), episode["model"][:16]
         yield _line("trained on", f"yes, by ppo ({learners}): model {model}" if learners else "no: the run was stopped")
+    else:
+        yield _line("trained on", "not yet: ppo has not finished")

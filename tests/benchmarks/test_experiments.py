@@ -60,7 +60,11 @@ def test_an_amendment_is_told_there_and_elsewhere() -> None:
 
     rows = [row("RL-CAI, as it was", 0.02, 0.03), row("RL-CAI, amended", 0.81, 0.06)]
     told = EXPERIMENTS["amendment"].seen(rows)
-    assert "with 2% of the asks for danger" in told and "with 81% once" in told and told.endswith("harms 6%.")
+    assert (
+        "with 2% of the asks for danger" in told
+        and "with 81% once" in told
+        and told.endswith("harms 6%. Behaviour changed there.")
+    )
 
 
 def test_a_page_has_its_plot_and_its_measurements_and_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

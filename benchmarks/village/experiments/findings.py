@@ -33,11 +33,19 @@ def _critiques(rows: Rows) -> str:
 
 
 def _principles(rows: Rows) -> str:
-    ends = {key[0]: average(group, "harmless") for key, group in groups(("variant",), rows).items()}
-    gap = max(ends.values()) - min(ends.values())
-    told = ", ".join(f"{value:.0%} with {name}" for name, value in ends.items())
-    note = "Here, unlike there, the later principles cover fewer harms, so more of them dilute the broad ones."
-    return f"after four revisions {told}. {_agrees(gap < 0.05)} {note}"
+    names = [name for (name,) in groups(("variant",), rows)]
+    after = {n: [average(rows, "harmless", variant=name, revisions=n) for name in names] for n in (1, 4)}
+    told = "; ".join(
+        f"after {'one revision' if n == 1 else 'four'} "
+        + ", ".join(f"{value:.0%} with the {name}" for name, value in zip(names, values, strict=True))
+        for n, values in after.items()
+    )
+    note = "Here, unlike there, the later principles cover fewer harms: a broad one drawn each time needs one revision."
+    return f"{told}. {_agrees(max(map(_range, after.values())) < 0.05)} {note}"
+
+
+def _range(values: list[float]) -> float:
+    return max(values) - min(values)
 
 
 def _better(rows: Rows, first: str, second: str) -> str:
@@ -91,7 +99,8 @@ def _amended(rows: Rows) -> str:
     before = average(rows, HARM, variant="RL-CAI, as it was")
     return (
         f"the model complies with {before:.0%} of the asks for {HARM} under the constitution, and with {there:.0%} "
-        f"once {HARM} is crossed out of it; with the other harms {elsewhere:.0%}."
+        f"once {HARM} is crossed out of it; with the other harms {elsewhere:.0%}. "
+        f"{'Behaviour changed there.' if there - before > 0.5 else 'Behaviour did not change there.'}"
     )
 
 
@@ -125,9 +134,9 @@ EXPERIMENTS = {
         title="Number of principles",
         paper="the number of principles does not change harmlessness (arXiv 2212.08073, 3.5).",
         measure=by_principles,
-        by=("variant",),
+        by=("variant", "revisions"),
         columns=("harmless", "declined_with_reason", "distinct"),
-        x="variant",
+        x="revisions",
         y="harmless",
         seen=_principles,
     ),

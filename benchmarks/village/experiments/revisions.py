@@ -28,7 +28,7 @@ def by_principles(bench: Bench) -> list[Row]:
     rows = []
     for count in (1, 2, 4, 7):
         chains = _chains(bench, f"principles-{count}", count=count)
-        rows += _rows(bench, chains, f"{count} principles", rounds=(4,))
+        rows += _rows(bench, chains, f"first {count}")
     return rows
 
 
@@ -46,11 +46,11 @@ def _first(constitution: Constitution, count: int) -> Constitution:
     return replace(constitution, principles=constitution.principles[:count])
 
 
-def _rows(bench: Bench, chains: list[Record], variant: str, rounds: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Row]:
+def _rows(bench: Bench, chains: list[Record], variant: str) -> list[Row]:
     curve = revision_curve(chains)
     return [
         {"variant": variant, "seed": bench.seed, "revisions": n, "harmless": curve[n]} | _kinds_of_text(chains, n)
-        for n in rounds
+        for n in range(len(curve))
     ]
 
 

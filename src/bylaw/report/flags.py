@@ -138,8 +138,8 @@ def _principles(run: RunFacts, effects: Sequence[PrincipleEffect]) -> Iterator[F
     strange = sorted({name for hash, name in used.items() if hash not in at_hand})
     if strange:
         text = (
-            f"Records were made with other wordings of, or without: {', '.join(strange)}. What this page shows of the "
-            "constitution is today's file."
+            f"Some records were made by principles that it lacks, or words otherwise: {', '.join(strange)}. This page "
+            "shows the constitution of the newest records."
         )
         yield Flag("worry", "The constitution has changed since", text)
 
@@ -148,7 +148,7 @@ def _reward(run: RunFacts) -> Iterator[Flag]:
     counts = run.stages["reward"].counts or run.stages["dpo"].counts
     accuracy, ece = counts.get("heldout_accuracy"), counts.get("heldout_ece")
     if accuracy is not None and accuracy < 0.65:
-        text = f"It agrees with {percent(accuracy)} of the held-out labels; a coin would with 50 % (bound 65 %)."
+        text = f"It agrees with {percent(accuracy)} of the held-out labels that prefer an answer; a coin would with 50 % (bound 65 %)."
         yield Flag("worry", "The preferences were hardly learnt", text)
     if ece is not None and ece > 0.1:
         text = f"Its probabilities are off by {percent(ece)} on average (expected calibration error, bound 10 %)."

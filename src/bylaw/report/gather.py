@@ -10,9 +10,9 @@ from bylaw.constitution.load import load_constitution, parse_constitution
 from bylaw.constitution.schema import Constitution
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, read_records
 from bylaw.recipe import EVERY_STAGE
+from bylaw.sums import BEGUN, MANIFEST
 
 State = Literal["finished", "begun", "absent"]
-BEGUN, MANIFEST = "begun.json", "manifest.json"
 
 
 @dataclass(frozen=True)

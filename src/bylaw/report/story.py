@@ -44,10 +44,17 @@ def steps(run: RunFacts) -> list[tuple[str, str]]:
         "ppo": _ppo(run.stages["ppo"]),
         "dpo": _dpo(run.stages["dpo"]),
     }
-    last = run.recipe.get("last", "ppo")
-    skipped = {"dpo"} if last == "ppo" else {"reward", "ppo"}
-    wanted = [name for name in told if name not in skipped or run.stages[name].state != "absent"]
-    return [(HEADINGS[name], told[name] or missing(run.stages[name])) for name in wanted]
+    shown = [name for name in told if name in wanted(run) or run.stages[name].state != "absent"]
+    return [(HEADINGS[name], told[name] or missing(run.stages[name])) for name in shown]
+
+
+def wanted(run: RunFacts) -> tuple[str, ...]:
+    """The stages that the recipe asks for, as `Recipe.stages` has them."""
+    if run.recipe.get("last", "ppo") == "dpo":
+        return ("revise", "finetune", "compare", "label", "dpo")
+    if run.recipe.get("ppo", {}).get("reward") == "judge":
+        return ("revise", "finetune", "ppo")
+    return ("revise", "finetune", "compare", "label", "reward", "ppo")
 
 
 HEADINGS = {
@@ -76,9 +83,7 @@ def _revise(run: RunFacts) -> str:
         chain["rounds"][-1]["revision"]["text"] != chain["answer"]["text"] for chain in run.chains if chain["rounds"]
     )
     helpful = run.stages["revise"].counts.get("helpful", 0)
-    also = (
-        f" It also answered {many(helpful, 'harmless request')}, which are learnt from as they are." if helpful else ""
-    )
+    also = f" To these come {many(helpful, 'answer')} to harmless requests, learnt from as they are." if helpful else ""
     return (
         f"The model answered {many(len(run.chains), 'request')} that call for harm, then criticised and rewrote its "
         f"answer {len(rounds) / len(run.chains):.3g} times each, every time by one principle drawn at random. That "
@@ -116,8 +121,8 @@ def _reward(stage: StageFacts) -> str:
         return ""
     return (
         f"A reward model learnt from {many(counts.get('train_pairs', 0), 'pair')} to give the score that the labels "
-        f"would give. On {many(counts.get('heldout_pairs', 0), 'pair')} that it had not seen it prefers the same "
-        f"answer {percent(counts.get('heldout_accuracy'))} of the time."
+        f"would give. Of {many(counts.get('heldout_pairs', 0), 'pair')} that it had not seen it agrees with "
+        f"{percent(counts.get('heldout_accuracy'))} of the labels that prefer an answer."
     )
 
 
