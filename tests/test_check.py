@@ -183,7 +183,7 @@ def test_ppo_that_a_judge_scored_is_sound(run: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="no such folder|not a run folder"):
+        with pytest.raises(FileNotFoundError, match=r"no such folder|not a run folder"):
             check(folder)
 
 

@@ -10,8 +10,8 @@ from bylaw.model.settings import require, require_cache, require_choices
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """FILE is JSONL: {"prompt", "options", "answer"}, where answer counts from 0; {"prompt", "corrects", "incorrects"}, as
-    the 438 questions of the Constitutional AI release; or BIG-bench's {"input", "target_scores"}.
+    """FILE is JSONL: {"prompt", "options", "answer"}, where answer counts from 0; {"prompt", "corrects", "incorrects"},
+    as the 438 questions of the Constitutional AI release; or BIG-bench's {"input", "target_scores"}.
     """
 
     by: Literal["letters", "texts"] = "letters"

@@ -370,8 +370,8 @@ def test_mistakes_are_told() -> None:
         pass
     with pytest.raises(ValueError, match="adapter = 'value'"):
         merge(trunk, "value")
-    with torch.device("meta"), pytest.raises(ValueError, match="meta device"):
-        add_adapter(Transformer(trunk.config), "policy", ALL, seed=0)
+    with pytest.raises(ValueError, match="meta device"):
+        add_adapter(Transformer(trunk.config).to("meta"), "policy", ALL, seed=0)
     with pytest.raises(ValueError, match=r"adapters \(policy\), which save_model would leave out"):
         require_merged(trunk, "save_model")
     require_merged(tiny_model(), "save_model")

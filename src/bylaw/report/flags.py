@@ -148,7 +148,8 @@ def _reward(run: RunFacts) -> Iterator[Flag]:
     counts = run.stages["reward"].counts or run.stages["dpo"].counts
     accuracy, ece = counts.get("heldout_accuracy"), counts.get("heldout_ece")
     if accuracy is not None and accuracy < 0.65:
-        text = f"It agrees with {percent(accuracy)} of the held-out labels that prefer an answer; a coin would with 50 % (bound 65 %)."
+        agrees = f"It agrees with {percent(accuracy)} of the held-out labels that prefer an answer"
+        text = f"{agrees}; a coin would with 50 % (bound 65 %)."
         yield Flag("worry", "The preferences were hardly learnt", text)
     if ece is not None and ece > 0.1:
         text = f"Its probabilities are off by {percent(ece)} on average (expected calibration error, bound 10 %)."
