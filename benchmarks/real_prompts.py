@@ -213,7 +213,8 @@ def check_records(recipe: Recipe) -> None:
         assert [step["round"] for step in chain["rounds"]] == [*range(1, recipe.revise.rounds + 1)]
         for step in chain["rounds"]:
             assert known[step["principle"]["id"]] == step["principle"]["hash"]
-            check_text(step["critique"], recipe.revise.max_critique_tokens, tokenizer)
+            if step["critique"] is not None:
+                check_text(step["critique"], recipe.revise.max_critique_tokens, tokenizer)
             check_text(step["revision"], recipe.revise.max_revision_tokens, tokenizer)
     helpful = read_records(out / "revise" / "helpful.jsonl")
     assert [(one["id"], one["given"]) for one in helpful] == [(prompt.id, prompt.answer) for prompt in given]

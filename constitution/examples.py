@@ -23,7 +23,7 @@ from bylaw.constitution.render import (
     fill,
     revision_request,
 )
-from bylaw.constitution.schema import Constitution, Principle, suggestion
+from bylaw.constitution.schema import Constitution, Principle, Stage, suggestion
 
 Uniform = Callable[[str, int], float]
 """A draw in [0, 1) for an example's id and a position: a function of the prompt that the examples are drawn for."""
@@ -195,7 +195,7 @@ def _revision(table: Table, constitution: Constitution) -> RevisionExample:
     names = [field.name for field in fields(RevisionExample)]
     table.refuse_unknown(names)
     example = RevisionExample(**{name: table.text(name) for name in names})
-    _check_principle(table, example.principle, constitution)
+    _check_principle(table, example.principle, constitution, "critique")
     return example
 
 
@@ -209,17 +209,18 @@ def _comparison(table: Table, constitution: Constitution) -> ComparisonExample:
     if not principles:
         raise table.error("principle", "is an empty list; name at least one principle")
     for named in principles:
-        _check_principle(table, named, constitution)
+        _check_principle(table, named, constitution, "comparison")
     return ComparisonExample(**texts, principle=principles, reasons=table.template("reasons", ("a", "b")))
 
 
-def _check_principle(table: Table, named: str, constitution: Constitution) -> None:
-    ids = [principle.id for principle in constitution.principles]
+def _check_principle(table: Table, named: str, constitution: Constitution, stage: Stage) -> None:
+    """One of another stage is refused: its text would reach prompts that `Constitution.stage_hash` leaves out."""
+    ids = [principle.id for principle in constitution.principles if stage in principle.stages]
     if ID.fullmatch(named) and named not in ids:
         raise table.error(
             "principle",
-            f"is {named!r}, which is no principle of the constitution {constitution.name!r}{suggestion(named, ids)}; "
-            "name one, or write a principle in a sentence of your own",
+            f"is {named!r}, which is no {stage} principle of the constitution {constitution.name!r}"
+            f"{suggestion(named, ids)}; name one, or write a principle in a sentence of your own",
         )
 
 

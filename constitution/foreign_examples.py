@@ -27,8 +27,8 @@ def dump_examples(kind: Stage, examples: Sequence[dict[str, Any]], constitution:
         raise ValueError(f"none of the {len(examples)} examples has a prompt of one turn, which is what the file holds")
     told: Counter[str] = Counter({"with a prompt of several turns left out": len(examples) - len(short)})
     if kind == "critique":
-        ids = {p.id for p in constitution.principles}
-        told["by no principle of the constitution: the revision request stands for it"] = sum(
+        ids = {p.id for p in constitution.principles if "critique" in p.stages}
+        told["by no critique principle of the constitution: the revision request stands for it"] = sum(
             one["principle"] not in ids for one in short
         )
         tables = ["[[revision]]\n" + toml_lines(_revision(one, ids)) for one in short]

@@ -37,12 +37,16 @@ def hugging_face_examples(value: dict[str, Any], path: Path) -> list[dict[str, A
 
     ValueError naming chat and turn for what is not turns of user and assistant that end in a revision.
     """
+    chats = value.get("system_chat")
+    if not chats:
+        return []
+    if not isinstance(chats, list):
+        raise ValueError(f"{path}: system_chat is {type(chats).__name__} {chats!r:.60}; allowed: a list of chats")
     ids = {
         entry["critic"].strip(): f"critique-{number}"
-        for number, entry in enumerate(value["constitutions"], 1)
+        for number, entry in enumerate(rows(value["constitutions"], str(path)), 1)
         if isinstance(entry, dict) and isinstance(entry.get("critic"), str)
     }
-    chats = value.get("system_chat", [])
     return [_example(chat, ids, f"{path}: chat {number}") for number, chat in enumerate(chats, 1)]
 
 

@@ -11,7 +11,8 @@ _NUMBERED = re.compile(r"\s*\(?(\d{1,4})[.)]\s+(\S.*)")
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*")
 _ITEM = re.compile(r"( {0,3})(?:[-*+]|\d{1,4}[.)])\s+(\S.*)")
 _NOT_TEXT = re.compile(r"\s*(?:\||>|<!--|!\[|(?:-{3,}|\*{3,}|_{3,}|={3,})\s*$)")
-_LEAD = re.compile(r"\*\*(.+?)[:.]?\*\*\s*[:.]?\s*(\S.*)|__(.+?)[:.]?__\s*[:.]?\s*(\S.*)", re.DOTALL)
+# Emphasis is a title only where a mark parts it from the rest: "**Never** lie" is a statement.
+_LEAD = re.compile(r"(\*\*|__)((?:(?!\1).)+?)(?:[:.]\1\s*[:.]?|\1\s*(?:[:.]|-+\s|[\u2013\u2014]))\s*(\S.*)", re.DOTALL)
 _LINK = re.compile(r"\[([^\]]*)\]\([^)\s]*\)")
 _EMPHASIS = re.compile(r"(\*\*|__|`|(?<!\w)[*_](?=\S))(.+?)\1")
 
@@ -50,24 +51,24 @@ def read_markdown(text: str, path: Path) -> Imported:
     beside items; all are counted. ValueError when nothing makes a principle.
     """
     sections, skipped = _sections(text)
-    name, preamble = "", ""
+    name, above = "", []
+    if len(sections) > 1 and not sections[0].title and not sections[0].items:
+        above, sections = sections[0].paragraphs, sections[1:]
     if _names_document(sections):
         head = sections[0]
         name = head.title
         if not head.items and any(section.blocks for section in sections[1:]):
-            preamble, sections = "\n\n".join(one for _, one in head.paragraphs), sections[1:]
-    elif sections and not sections[0].title and len(sections) > 1 and not sections[0].items:
-        preamble, sections = "\n\n".join(one for _, one in sections[0].paragraphs), sections[1:]
+            above, sections = [*above, *head.paragraphs], sections[1:]
     beside = [(n, one) for section in sections if section.items for n, one in section.paragraphs]
     if name and sections and sections[0].title == name and sections[0].items:
-        preamble = "\n\n".join(one for n, one in sections[0].paragraphs)
+        above = [*above, *sections[0].paragraphs]
         beside = [one for one in beside if one not in sections[0].paragraphs]
     principles = [p for section in sections for p in _section_principles(section, section.title == name, path)]
     notes = [f"{len(skipped)} lines of tables, quotes, code and rules left out: {_lines(skipped)}"] if skipped else []
     if beside:
         notes.append(f"{len(beside)} paragraphs beside items left out: {_lines([n for n, _ in beside])}")
-    checked = check_text(preamble, f"{path}: preamble") if preamble else ""
-    return assemble(principles, "Markdown", path, notes, name=name, preamble=checked)
+    preamble = check_text("\n\n".join(one for _, one in above), f"{path}: preamble") if above else ""
+    return assemble(principles, "Markdown", path, notes, name=name, preamble=preamble)
 
 
 @dataclass
@@ -134,7 +135,7 @@ def _principle(text: str, line: int, path: Path, title: str = "", tag: str = "")
     where = f"{path}:{line}"
     statement = check_text(text, where)
     if not title and (lead := _LEAD.fullmatch(statement)):
-        title, statement = lead[1] or lead[3], lead[2] or lead[4]
+        title, statement = lead[2], lead[3]
     statement = one_line(_unmarked(statement))
     title = one_line(_unmarked(title)) or short_title(statement)
     if not any(letter.isalnum() for letter in statement):

@@ -39,10 +39,21 @@ def rating_request(
 
 
 def conclusion(constitution: Constitution, thought: str = "") -> str:
-    """What a judge's reply begins with, up to where the letter comes: after its thought, if it has thought first."""
+    """What a judge's reply begins with, up to where the letter comes: after its thought, if it has thought first.
+
+    A thought that goes on to its own answer is cut there. The stop string that should end it is found only as it is
+    spelled, and a tokenizer may decode it with other spaces.
+    """
     templates = constitution.templates
-    thinking = f"{templates.thought_prefix} {thought}\n" if thought else ""
+    before = _before(templates.answer_prefix, thought)
+    thinking = f"{templates.thought_prefix} {before}\n" if before else ""
     return thinking + templates.answer_prefix
+
+
+def _before(end: str, text: str) -> str:
+    """`text` up to the first place that reads as `end`, in any case and spacing; all of it where there is none."""
+    pieces = re.findall(r"\w+|[^\w\s]", end)
+    return re.split(r"\s*".join(map(re.escape, pieces)), text, maxsplit=1, flags=re.IGNORECASE)[0].rstrip()
 
 
 def comparison_request(

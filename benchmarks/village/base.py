@@ -60,7 +60,11 @@ def build_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def model_config(tokenizer: Tokenizer) -> ModelConfig:
-    """0.65 million parameters: 4 layers of width 128."""
+    """0.67 million parameters: 4 layers of width 128.
+
+    Weights begin near 1 / sqrt(width). From the customary 0.02, attention of this width has not learned to find a word
+    in a list after 450 steps; from 0.08 it has after 75.
+    """
     return ModelConfig(
         family="llama",
         vocab_size=tokenizer.vocab_size,
@@ -71,6 +75,7 @@ def model_config(tokenizer: Tokenizer) -> ModelConfig:
         num_kv_heads=2,
         head_dim=32,
         max_position_embeddings=256,
+        initializer_range=0.08,
         tie_word_embeddings=True,
         eos_token_ids=tokenizer.stop_ids,
     )

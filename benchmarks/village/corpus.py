@@ -1,8 +1,8 @@
 """Village talk for the base model: helpful without judgement, and able, imperfectly, to criticise, revise and compare.
 
 In its answers the base complies with everything. Asked to criticise by a principle, it names what the answer does,
-then whether the rule speaks of it. Asked to revise, it follows its critique, and can do without one. Asked to compare,
-it says a letter at once or reasons first, and it can give one answer a mark. About one judgement in twenty is
+then whether that is against the rule. Asked to revise, it follows its critique, and can do without one. Asked to
+compare, it says a letter at once or reasons first, and it can give one answer a mark. About one judgement in twenty is
 planted wrong, so that there is something for Constitutional AI to overcome.
 """
 
@@ -45,7 +45,8 @@ class Errors:
     comparison: float = 0.06
     rating: float = 0.06
     kept_ties: float = 0.35
-    """Share of the comparisons without a better answer that are kept; their letter is a coin's."""
+    """Share kept of the comparisons in which neither answer is better; their letter is a coin's. Of help and a true
+    refusal, where the rule takes no side, all are kept: else a rule would always seem to take one."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ class Corpus:
         self.benign = [ask for ask in seen if not ask.kind]
 
     def draw(self) -> BaseText:
-        """24 % answers, 28 % critique and revision, 7 % revision without a critique, 41 % judgements: 28 % comparisons
-        by the letter, 9 % that reason first, and 4 % marks.
+        """22 % answers, 26 % critique and revision, 6 % revision without a critique, 36 % judgements: 26 % comparisons
+        by the letter, 7 % that reason first, and 3 % marks; and 10 % rules recited.
         """
-        kinds = (self.answered, self.revised, self.rewritten, self.compared, self.reasoned, self.rated)
-        return self.rng.choices(kinds, (24, 28, 7, 28, 9, 4))[0]()
+        kinds = (self.answered, self.revised, self.rewritten, self.compared, self.reasoned, self.rated, self.recited)
+        return self.rng.choices(kinds, (22, 26, 6, 26, 7, 3, 10))[0]()
 
     def answered(self) -> BaseText:
         ask = self._idle() if self._errs(0.5) else self._ask(0.4)
@@ -93,7 +94,7 @@ class Corpus:
         ask = self._ask(0.75)
         first, (statement, rule) = self._any_answer(ask), self._rule(ask)
         critique, change = self._critique(ask, first, rule)
-        revision = self._revision(ask, first, change)
+        revision = self._revision(ask, first, rule, change)
         principle = _principle(statement)
         # The answer is given: to learn it would teach the base to decline, and it is to comply with everything.
         messages = [
@@ -115,7 +116,7 @@ class Corpus:
             _user(self._phrase(ask)),
             _assistant(first.text),
             _user(direct_request(self.constitution, _principle(statement))),
-            _assistant(self._revision(ask, first, change)),
+            _assistant(self._revision(ask, first, rule, change)),
         ]
         return BaseText(messages, given=2)
 
@@ -143,6 +144,13 @@ class Corpus:
         prefix = self.constitution.templates.rating_prefix
         return BaseText([_user(question), _assistant(f"{prefix} {mark}. {_truth(ask)}, and this {_manner(answer)}.")])
 
+    def recited(self) -> BaseText:
+        """Which harms a rule forbids, one by one: where a small model learns to find a word in a list."""
+        statement, rule = self._rule(self._ask(0.0))
+        kinds = self.rng.sample(KINDS, len(KINDS))
+        found = ", ".join(f"{kind} {_side(kind in rule.kinds)}" for kind in kinds)
+        return BaseText([_user(f"which harm does this rule forbid? {statement}"), _assistant(f"{found}.")])
+
     def _verdict(self) -> tuple[str, str, str]:
         """A question to a judge, the letter that it says, and its reasons."""
         ask, rule, statement, a, b = self._contest()
@@ -155,12 +163,20 @@ class Corpus:
         return question, better, _reasons(ask, rule, a, b)
 
     def _contest(self) -> tuple[Ask, Rule, str, Answer, Answer]:
-        """An ask, a rule and two answers. Most ties are drawn again: their letter is a coin's."""
+        """An ask, a rule and two answers."""
         while True:
             ask = self._ask(0.6)
-            a, b, (statement, rule) = self._any_answer(ask), self._any_answer(ask), self._rule(ask)
-            if lead(rule, ask, a.verdict, b.verdict) or self._errs(self.errors.kept_ties):
+            (a, b), (statement, rule) = self._two_answers(ask), self._rule(ask)
+            opposed = {a.verdict, b.verdict} == {"complied", "declined"}
+            if opposed or lead(rule, ask, a.verdict, b.verdict) or self._errs(self.errors.kept_ties):
                 return ask, rule, statement, a, b
+
+    def _two_answers(self, ask: Ask) -> tuple[Answer, Answer]:
+        """To harmful asks often help and a true refusal, which only the rule can tell apart."""
+        if ask.kind and self._errs(0.3):
+            complied, declined = self._complied(ask), self._declined(ask.kind, ask)
+            return (complied, declined) if self._errs(0.5) else (declined, complied)
+        return self._any_answer(ask), self._any_answer(ask)
 
     def _ask(self, harmful_share: float) -> Ask:
         return self.rng.choice(self.harmful if self.rng.random() < harmful_share else self.benign)
@@ -221,28 +237,31 @@ class Corpus:
     def _critique(self, ask: Ask, answer: Answer, rule: Rule) -> tuple[str, bool]:
         """The critique's text, and whether it asks for a change."""
         change = breaks(rule, ask, answer.verdict) != self._errs(self.errors.critique)
-        verdict = "the rule is broken, so it must change." if change else "the rule is kept, so it may stay."
-        return f"{_finding(ask, answer)} {verdict}", change
+        verdict = "so it must change." if change else "so it may stay."
+        return f"{_finding(ask, answer)} {_side(change)}, {verdict}", change
 
-    def _revision(self, ask: Ask, answer: Answer, change: bool) -> str:
+    def _revision(self, ask: Ask, answer: Answer, rule: Rule, change: bool) -> str:
         if self._errs(self.errors.revision):
             return answer.text if self._errs(0.3) else self._flawed(ask).text
         if not change:
             return answer.text
-        return decline(ask.kind) if ask.kind else self._complied(ask).text
+        return decline(ask.kind) if ask.kind and rule.manner != "helps" else self._complied(ask).text
 
 
 def _finding(ask: Ask, answer: Answer) -> str:
-    """What the answer does, harm first: by the verdict alone a small model never learns whether a rule applies."""
+    """What the answer does, the harm last: a small model learns to look for a word in the rule right after it."""
     if answer.verdict == "complied":
-        return f"this helps with {ask.kind}." if ask.kind else "this helps with no harm."
-    return f"{_truth(ask)}, and this {_manner(answer)}."
+        return f"this helps with {ask.kind or 'no harm'}"
+    return f"{_truth(ask)}, and this {_manner(answer)}"
+
+
+def _side(breaks_it: bool) -> str:
+    return "against the rule" if breaks_it else "within the rule"
 
 
 def _reasons(ask: Ask, rule: Rule, a: Answer, b: Answer) -> str:
-    """What a judge sees: the harm, whether the rule speaks of it, and what each answer does."""
-    speaks = "the rule speaks of it" if rule.manner != "forbids" or ask.kind in rule.kinds else "the rule does not"
-    return f"{_truth(ask)}, and {speaks}. a {_manner(a)}, and b {_manner(b)}."
+    """What a judge sees: the harm, whether the rule forbids it, and what each answer does."""
+    return f"{_truth(ask)} {_side(ask.kind in rule.kinds)}. a {_manner(a)}, and b {_manner(b)}."
 
 
 def _truth(ask: Ask) -> str:

@@ -272,12 +272,15 @@ def test_markdown(tmp_path: Path):
         ("# Rules\n\nRead them.\n\n* Be kind.\n* Be kind.\n", ["Be kind.", "Be kind."]),
         ("# Be kind\n\nAlways.\n\n# Be true\n\nMostly.\n", ["Always.", "Mostly."]),
         ("# Rules\n\nBe kind.\n\nBe true.\n", ["Be kind.", "Be true."]),
+        ("- **Never** lie.\n- **Do not** harm. **Ever:** no.\n", ["Never lie.", "Do not harm. Ever: no."]),
+        ("- **Truth** - be true.\n- __Care__: be kind.\n- **Hope.** Be glad.\n", ["be true.", "be kind.", "Be glad."]),
+        ("---\nby: us\n---\n# Rules\n\nRead.\n\n## A\n\nBe kind.\n\n## B\n\nBe true.\n", ["Be kind.", "Be true."]),
     ],
 )
 def test_small_markdown(tmp_path: Path, text: str, statements: list[str]):
     constitution = imported(tmp_path, "rules.md", text)
     assert [p.statement for p in constitution.principles] == statements
-    assert len({p.id for p in constitution.principles}) == 2
+    assert len({p.id for p in constitution.principles}) == len(statements)
 
 
 def lacking(key: str, **changes: Any) -> dict[str, Any]:
@@ -365,6 +368,9 @@ def test_hostile_files_are_refused_by_file_and_place(tmp_path: Path, name: str, 
         ([{"prompt": THOUGHT[:-3]}], r"item 1: prompt is neither with corrects"),
         ([{"prompt": THOUGHT}, {"promt": THOUGHT}], r"item 2: key 'prompt' is missing"),
         ({"constitutions": [], "system_chat": []}, r"no example in it"),
+        ({"constitutions": [], "system_chat": None}, r"no example in it"),
+        ({"constitutions": [], "system_chat": 5}, r"x\.json: system_chat is int 5; allowed: a list"),
+        ({"constitutions": None, "system_chat": [[]]}, r"x\.json: NoneType None; allowed: a list"),
         (CRITIQUES, r"not a file of examples"),
     ],
 )

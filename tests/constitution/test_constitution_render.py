@@ -17,7 +17,7 @@ from bylaw.constitution import (
     plain_dialogue,
     revision_request,
 )
-from bylaw.constitution.render import fill, placeholders
+from bylaw.constitution.render import conclusion, fill, placeholders
 
 CALM = Principle(id="calm", title="Calm", statement="The assistant stays calm.", sources=("our own",))
 RULES = Constitution(name="Rules", version="1", license="CC0-1.0", preamble="Read me.", principles=(CALM,))
@@ -191,3 +191,18 @@ def test_the_room_knows_no_other_room_and_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     rooms = {module for module in eval(result.stdout) if not module.startswith("bylaw.constitution")}
     assert rooms == {"bylaw"}
+
+
+@pytest.mark.parametrize(
+    ("thought", "kept"),
+    [
+        ("A helps.", "A helps."),
+        ("A helps. the answer is : b.", "A helps."),  # as a word-level tokenizer decodes it
+        ("A helps.\nTHE ANSWER  IS: (A). The answer is: B", "A helps."),
+        ("Is the answer isolated? No.", "Is the answer isolated? No."),
+    ],
+)
+def test_a_thought_is_cut_where_it_begins_to_answer(thought: str, kept: str) -> None:
+    village = load_constitution("village")
+    assert conclusion(village, thought) == f"let me think. {kept}\nthe answer is:"
+    assert conclusion(village, "The answer is: a.") == conclusion(village) == "the answer is:"

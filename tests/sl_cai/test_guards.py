@@ -71,7 +71,7 @@ def test_marks(tokenizer: Tokenizer) -> None:
     assert guard_critique(said(""), answer, tokenizer, 0.5)["marks"] == ["empty"]
     assert guard_revision(said(""), said(""), tokenizer, 0.5)["marks"] == ["empty"]  # and nothing was given again
     assert guard_critique(answer, answer, tokenizer, 0.5)["marks"] == ["answer"]
-    fine = said("this helps with theft. the rule is broken, so it must change.")
+    fine = said("this helps with theft against the rule, so it must change.")
     assert guard_critique(fine, answer, tokenizer, 0.5) is fine
 
 

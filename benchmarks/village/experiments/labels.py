@@ -39,7 +39,7 @@ def one_or_all(bench: Bench) -> list[Row]:
 
 def clamped(bench: Bench) -> list[Row]:
     """Labels after a chain of thought, by one principle each: as they come, and clamped to 20-80 % and 40-60 %."""
-    config = replace(bench.recipe.label, principles="one", thoughts=1)
+    config = replace(bench.recipe.label, principles="one", max_thought_tokens=48)
     variants = (("letter", 0, 0.0), ("thought", 1, 0.0), ("thought 20-80", 1, 0.2), ("thought 40-60", 1, 0.4))
     return [
         _reward(bench, name, PAIRED, ("label", "reward"), label=replace(config, thoughts=thoughts, clamp=clamp))
