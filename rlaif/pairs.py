@@ -25,6 +25,11 @@ class Pair:
     prompt: int = 0
     """How many tokens, at the start of both, are the prompt's. DPO has to know."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer text, which a model's context must hold."""
+        return max(len(self.a), len(self.b))
+
     @cached_property
     def tokens(self) -> int:
         """What the pair adds to a packed stream: what both begin with is there once."""
@@ -32,25 +37,28 @@ class Pair:
 
 
 def split_pairs(
-    preferences: Sequence[Record], tokenizer: Tokenizer, heldout_fraction: float, seed: int
+    preferences: Sequence[Record], tokenizer: Tokenizer, heldout_fraction: float, seed: int, context: int
 ) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """Training pairs, held-out pairs, counts. A prompt's pairs are on one side; abstained labels on neither.
+    """Training pairs, held-out pairs, counts. A prompt's pairs are on one side; abstained labels, and pairs longer than
+    `context` tokens (counted as `over_context`), on neither.
 
     Raises ValueError when a side is empty.
     """
     sides: tuple[list[Pair], list[Pair]] = ([], [])
-    abstained = 0
+    counts = {"abstained": 0, "over_context": 0}
     for preference in preferences:
         if preference["abstained"]:
-            abstained += 1
-            continue
-        heldout = is_heldout(preference["prompt_id"], heldout_fraction, seed)
-        sides[heldout].append(_pair(preference, tokenizer))
-    counts = {"train_pairs": len(sides[0]), "heldout_pairs": len(sides[1]), "abstained": abstained}
+            counts["abstained"] += 1
+        elif (pair := pair_of(preference, tokenizer)).longest > context:
+            counts["over_context"] += 1
+        else:
+            sides[is_heldout(preference["prompt_id"], heldout_fraction, seed)].append(pair)
+    counts = {"train_pairs": len(sides[0]), "heldout_pairs": len(sides[1])} | counts
     if not sides[0] or not sides[1]:
         raise ValueError(
             f"training on preferences needs labelled pairs on both sides of heldout_fraction = {heldout_fraction}; "
-            f"there are {counts}. Give it more prompts, or look at why labels abstained in preferences.jsonl"
+            f"there are {counts}. Give it more prompts, look at why labels abstained in preferences.jsonl, or take a "
+            f"model whose context is longer than {context} tokens"
         )
     return *sides, counts
 
@@ -62,16 +70,28 @@ def read_helpful(path: Path) -> list[Record]:
 
 
 def mix_helpful(
-    train: Sequence[Pair], helpful: Sequence[Record], tokenizer: Tokenizer, ratio: float, seed: int
+    train: Sequence[Pair], helpful: Sequence[Record], tokenizer: Tokenizer, ratio: float, seed: int, context: int
 ) -> tuple[list[Pair], dict[str, int]]:
     """Training pairs of which a share `ratio` are helpfulness preferences, drawn from `helpful` by the seed and their
-    ids. Returns counts too: `helpful_pairs`, and `helpful_pairs_missing` where the file has fewer than that takes.
+    ids. Returns counts too: `helpful_pairs`, `helpful_over_context` drawn and left out as longer than `context` tokens,
+    and `helpful_pairs_missing` where the file has fewer than that takes.
     """
     wanted = round(len(train) * ratio / (1 - ratio))
     usable = [one for one in helpful if not one["abstained"]]
     usable.sort(key=lambda one: (uniform_scalar(seed, request_id("helpful pair", one["id"]), 0), one["id"]))
-    drawn = [_pair(one, tokenizer) for one in usable[:wanted]]
-    return [*train, *drawn], {"helpful_pairs": len(drawn), "helpful_pairs_missing": wanted - len(drawn)}
+    drawn: list[Pair] = []
+    over = 0
+    for one in usable:
+        if len(drawn) == wanted:
+            break
+        pair = pair_of(one, tokenizer)
+        if pair.longest > context:
+            over += 1
+        else:
+            drawn.append(pair)
+    missing = wanted - len(drawn)
+    counts = {"helpful_pairs": len(drawn), "helpful_over_context": over, "helpful_pairs_missing": missing}
+    return [*train, *drawn], counts
 
 
 def hardened(pairs: Sequence[Pair]) -> list[Pair]:
@@ -79,7 +99,8 @@ def hardened(pairs: Sequence[Pair]) -> list[Pair]:
     return [replace(pair, p_a=0.5 if pair.p_a == 0.5 else float(pair.p_a > 0.5)) for pair in pairs]
 
 
-def _pair(preference: Record, tokenizer: Tokenizer) -> Pair:
+def pair_of(preference: Record, tokenizer: Tokenizer) -> Pair:
+    """The pair of a record whose label has not abstained."""
     prompt = tokenizer.prompt_ids(preference["prompt"])
     a, b = (_answered(preference["prompt"], prompt, preference[side], tokenizer) for side in "ab")
     return Pair(a, b, preference["p_a"], len(prompt))

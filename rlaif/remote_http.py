@@ -232,9 +232,12 @@ def _body(response: http.client.HTTPResponse, talk: socket.socket, until: float)
 
 
 def _without_key(text: str, headers: dict[str, str]) -> str:
-    """What a server says, should it repeat the key. One of under 8 characters is a word that stands for no key."""
+    """What a server says, should it repeat the key, as JSON may spell it: a slash as \\/ or \\u002f, for one. A key of
+    under 8 characters is a word that stands for no key.
+    """
     key = headers.get("Authorization", "").removeprefix("Bearer ")
-    return text.replace(key, "[key]") if len(key) >= 8 else text
+    spelled = "".join(rf"\\?(?:{re.escape(char)}|(?i:u{ord(char):04x}))" for char in key)
+    return re.sub(spelled, "[key]", text) if len(key) >= 8 else text
 
 
 def _left(until: float) -> float:

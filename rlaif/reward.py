@@ -80,6 +80,9 @@ def _accuracy(stats: Stats) -> dict[str, float]:
 def measure(model: ScalarModel, pairs: Sequence[Pair], budget: int, parallel: Parallel = ALONE) -> dict[str, Any]:
     """Measures on held-out pairs: loss, accuracy where the label decides (else None), calibration, score scale.
 
+    Where most labels are near a half, accuracy is mostly that on what hardly matters: `heldout_sure_accuracy` weighs
+    each pair by |2 p_a - 1|, how sure its label is.
+
     PPO takes the mean off and divides by the deviation, so that an average answer is worth 0. The loss is without
     margin and centring. Every rank has the same measures, whichever of the pairs it scored.
     """
@@ -92,10 +95,13 @@ def measure(model: ScalarModel, pairs: Sequence[Pair], budget: int, parallel: Pa
     score_a, score_b = torch.tensor([scores[i] for i in range(len(pairs))], dtype=torch.float64).unbind(1)
     labels = torch.tensor([pair.p_a for pair in pairs], dtype=torch.float64)
     right, decided = preference_accuracy(score_a, score_b, labels)
+    lean = 2 * labels - 1
+    agreed = (torch.sign(score_a - score_b) * lean).sum() / lean.abs().sum()  # 1 where all agree, -1 where none does
     predicted, both = torch.sigmoid(score_a - score_b), torch.cat([score_a, score_b])
     return {
         "heldout_loss": float(preference_loss(score_a, score_b, labels).mean()),
         "heldout_accuracy": float(right / decided) if decided else None,
+        "heldout_sure_accuracy": float((1 + agreed) / 2) if decided else None,
         "heldout_ece": float(expected_calibration_error(predicted, labels, BINS)),
         "heldout_reliability": reliability(predicted, labels, BINS),
         "score_mean": float(both.mean()),

@@ -293,7 +293,7 @@ def test_flags_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
         {"step": n, "objective/kl": 30.0 * n, "collapse/alarms": float(n == 1), "val/ended": 0.5} for n in range(2)
     ]
     write(folder / "ppo" / "metrics.jsonl", *steps)
-    finish(folder, "reward", {"heldout_accuracy": 0.52, "heldout_ece": 0.2})
+    finish(folder, "reward", {"heldout_accuracy": 0.9, "heldout_sure_accuracy": 0.52, "heldout_ece": 0.2})
     worse = SUMMARY | {"rl_cai": {"complied_harmful": 0.0, "helpful_benign": 0.5, "evaded": 0.4}}
     (folder / "summary.json").write_text(json.dumps(worse))
     words = " ".join(Reader(render(gather(folder), ReportConfig())).words.split()).replace("\u202f", " ")
@@ -301,7 +301,7 @@ def test_flags_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
         "leans to the answer shown first. By 35.0 points", "The order often decides", "the other answer in 100 %",
         "does not answer with a letter. On average 40 %", "3.2 % of the labels abstain",
         "Labels lean to answer A. The mean label is 55.0 %", "3.2 % of the answers are cut off", "preamble: 1 text",
-        "“Kindness” almost never changes an answer. 1 of 31 critiques", "hardly learnt. It agrees with 52 %",
+        "“Kindness” almost never changes an answer. 1 of 31 critiques", "answer it agrees with 52 %, by how sure",
         "badly calibrated", "Signs of collapse", "first at step 1", "High KL. 30 nats", "policy are cut off",
         "less helpful", "evades more often",
     ):  # fmt: skip

@@ -7,14 +7,14 @@ RUN/amendments/HASH. With an output folder the run is then made again from the f
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bylaw.branch import branch
 from bylaw.constitution.diff import Diff, describe_diff, diff
-from bylaw.constitution.examples import beside
+from bylaw.constitution.examples import load_examples
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution, Stage
 from bylaw.constitution.write import dump_constitution
@@ -23,7 +23,7 @@ from bylaw.judges import judge_reader
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record, encode_record, read_object, read_records, sha256_file, write_atomic
 from bylaw.pipeline import run_pipeline
-from bylaw.recipe import AmendConfig, Recipe
+from bylaw.recipe import EVERY_STAGE, AmendConfig, Recipe
 from bylaw.rlaif.judge import Judge
 from bylaw.rlaif.relabel import flips, relabel
 from bylaw.runs import is_begun
@@ -38,36 +38,42 @@ def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     """Compare, relabel, list and estimate; write it all to the run, print it, and retrain if asked; returns the facts.
 
     Raises ValueError for a run whose labels are not finished, were made by other constitutions than it keeps or are not
-    those that an earlier call began with, and FileNotFoundError as `load_constitution` does.
+    those that an earlier call began with, for an amended constitution that a stage or the examples cannot go by, and
+    FileNotFoundError as `load_constitution` does.
     """
     ledger = Ledger(folder)
     amended, labelled = load_constitution(new), _labelled(ledger)
     old = _constitution_of(ledger, labelled)
+    recipes = _recipes(ledger, labelled, config)
+    first = first_stage(diff(old, amended), _other_examples(recipes, (old, amended)))
     there = folder / "amendments" / amended.hash
     kept = ledger.constitution_path(amended.hash)
     if not kept.exists():  # an equal one may stand there
         write_atomic(kept, dump_constitution(amended))
     changes = diff(old, amended)
-    _begin(there, sha256_file(folder / "label" / PREFERENCES))
-    before, after = _judges(ledger, old, kept)
+    before, after = _judges(recipes, ledger.constitution_path(old.hash), kept)
+    shown = {"examples": after.examples.hash} if after.config.shots else {}
+    _begin(there, {"labels": sha256_file(folder / "label" / PREFERENCES)} | shown)
     found = relabel(before, after, labelled, there / PREFERENCES)
     flipped = flips(labelled, read_records(there / PREFERENCES))
-    facts = {"from": old.hash, "to": amended.hash, "first_stage": first_stage(changes)} | found
+    facts = {"from": old.hash, "to": amended.hash, "first_stage": first} | found
     facts |= {"flips": len(flipped), "chains": _chains(ledger, old, amended), "by_principle": _leans(flipped)}
     write_atomic(there / FLIPS, "".join(encode_record(one, FLIPS).decode() for one in flipped))
     write_atomic(there / "amendment.json", json.dumps(facts, indent=2) + "\n")
     write_sums(folder, f"amendments/{amended.hash}", f"constitutions/{kept.name}")
     print(json.dumps(facts, indent=2) if config.json else describe(changes, facts, flipped, there))
     if config.out:
-        _remake(ledger, config.out, there, facts["first_stage"])
+        _remake(recipes[1], config.out, there, kept, first)
     return facts
 
 
-def first_stage(changes: Diff) -> str | None:
-    """The first stage of a run whose output an amendment can change; None if it reaches no prompt and no draw."""
+def first_stage(changes: Diff, other_examples: Collection[Stage] = ()) -> str | None:
+    """The first stage of a run whose output an amendment can change; None if it reaches no prompt and no draw.
+    `other_examples`: where other examples are shown than before.
+    """
     reached: tuple[tuple[Stage, str], ...] = (("critique", "revise"), ("comparison", "label"))
     for stage, name in reached:
-        if changes.old.stage_hash(stage) != changes.new.stage_hash(stage):
+        if changes.old.stage_hash(stage) != changes.new.stage_hash(stage) or stage in other_examples:
             return name
     return None
 
@@ -125,23 +131,49 @@ def _labelled(ledger: Ledger) -> list[Record]:
     return list(ledger.preferences.values())
 
 
-def _begin(there: Path, labels: str) -> None:
-    """Note the hash of the labels that are amended. ValueError where others were, and some of theirs are kept."""
-    if (there / PREFERENCES).exists() and (
-        not (there / OF).exists() or read_object(there / OF).get("labels") != labels
-    ):
-        raise ValueError(f"{there} was made of other labels than the run has now; delete it to make it anew")
-    write_atomic(there / OF, json.dumps({"labels": labels}) + "\n")
-
-
-def _recipe(ledger: Ledger) -> Recipe:
-    """The run's recipe, for where the folder lies now. The examples beside its constitution are named: none lie beside
-    those that a run keeps.
+def _begin(there: Path, of: dict[str, str]) -> None:
+    """Note the hashes of the labels that are amended and of the examples shown. ValueError where there were others, and
+    some of what was made of them is kept.
     """
+    if (there / PREFERENCES).exists() and (not (there / OF).exists() or read_object(there / OF) != of):
+        raise ValueError(
+            f"{there} was made of other labels or examples than the run has now; delete it to make it anew"
+        )
+    write_atomic(there / OF, json.dumps(of) + "\n")
+
+
+def _recipes(ledger: Ledger, labelled: Sequence[Record], config: AmendConfig) -> tuple[Recipe, Recipe]:
+    """The run's recipe, for where the folder lies now, and the one to amend it by. Examples are named: none lie beside
+    the constitutions that a run keeps. ValueError for an output folder that is the run's own.
+    """
+    if config.out and config.out.resolve() == ledger.run.resolve():
+        raise ValueError(f"out = {config.out} is the run itself; allowed: another folder, for the run made anew")
     recipe = ledger.recipe
     shots = recipe.label.shots or recipe.revise.shots
-    examples = recipe.examples or (str(beside(recipe.constitution)) if shots else "")
-    return replace(recipe, out=ledger.run, examples=examples)
+    examples = str(ledger.examples_path(_examples_of(ledger, labelled)).absolute()) if shots else recipe.examples
+    before = replace(recipe, out=ledger.run, examples=examples)
+    return before, replace(before, examples=config.examples or examples)
+
+
+def _examples_of(ledger: Ledger, labelled: Sequence[Record]) -> str:
+    """The hash of the examples that the labels were made with, else of those of the chains; "" for none."""
+    of_chains = ledger.manifests.get("revise", {"inputs": {}})["inputs"].get("examples", "")
+    return next((one["by"]["examples"] for one in labelled if "examples" in one["by"]), of_chains)
+
+
+def _other_examples(recipes: tuple[Recipe, Recipe], constitutions: tuple[Constitution, Constitution]) -> list[Stage]:
+    """The stages that show examples, if the two recipes have different ones. ValueError, before any work, for a file
+    whose examples go by a principle that is no more.
+    """
+    shots: dict[Stage, int] = {"critique": recipes[0].revise.shots, "comparison": recipes[0].label.shots}
+    if not any(shots.values()):
+        return []
+    old = load_examples(recipes[0].examples, constitutions[0]).hash
+    try:
+        new = load_examples(recipes[1].examples, constitutions[1]).hash
+    except ValueError as error:
+        raise ValueError(f"{error}; examples for the amended constitution are given as --examples FILE") from None
+    return [stage for stage, count in shots.items() if count and old != new]
 
 
 def _constitution_of(ledger: Ledger, labelled: Sequence[Record]) -> Constitution:
@@ -154,16 +186,14 @@ def _constitution_of(ledger: Ledger, labelled: Sequence[Record]) -> Constitution
     return ledger.constitutions[hashes.pop()]
 
 
-def _judges(ledger: Ledger, old: Constitution, new: Path) -> tuple[Judge, Judge]:
+def _judges(recipes: tuple[Recipe, Recipe], old: Path, new: Path) -> tuple[Judge, Judge]:
     """The judge of the run's labels, and the same one with the amended constitution."""
-    recipe = _recipe(ledger)
-    runs = [Run(replace(recipe, constitution=str(path))) for path in (ledger.constitution_path(old.hash), new)]
+    runs = [Run(replace(one, constitution=str(path))) for one, path in zip(recipes, (old, new), strict=True)]
     reader = judge_reader(runs[0])
-    before = runs[0].judge(reader)
-    after = runs[1].constitution
-    if after.templates.answer_prefix != old.templates.answer_prefix:  # another token may come next
+    before, after = runs[0].judge(reader), runs[1].constitution
+    if after.templates.answer_prefix != before.constitution.templates.answer_prefix:  # another token may come next
         reader = judge_reader(runs[1])
-    return before, replace(before, constitution=after, reader=reader)
+    return before, replace(before, constitution=after, examples=runs[1].examples, reader=reader)
 
 
 def _chains(ledger: Ledger, old: Constitution, new: Constitution) -> dict[str, int]:
@@ -189,15 +219,15 @@ def _leans(flipped: Sequence[Record]) -> dict[str, int]:
     return {id: count for id, count in counts.items() if count}
 
 
-def _remake(ledger: Ledger, out: Path, there: Path, first: str | None) -> None:
+def _remake(recipe: Recipe, out: Path, there: Path, constitution: Path, first: str | None) -> None:
     """A run by the amended constitution: stages that it does not reach are copied, and so are the labels if all before
     them is.
     """
     if first is None:
         raise ValueError("the amendment reaches no prompt and no draw: there is nothing to make again")
-    recipe = _recipe(ledger)
-    branch(ledger.run, out, recipe.stages[: recipe.stages.index(first)])
+    ahead = EVERY_STAGE[: EVERY_STAGE.index(first)]
+    branch(recipe.out, out, [name for name in recipe.stages if name in ahead])
     if first == "label" and not is_begun(out / "label"):
         (out / "label").mkdir(parents=True, exist_ok=True)
         shutil.copy2(there / PREFERENCES, out / "label" / PREFERENCES)
-    run_pipeline(replace(recipe, out=out, constitution=str(ledger.constitution_path(there.name).absolute())))
+    run_pipeline(replace(recipe, out=out, constitution=str(constitution.absolute())), recipe.stages)

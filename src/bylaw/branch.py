@@ -25,6 +25,7 @@ def branch(source: Path, out: Path, stages: Sequence[str]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(here, beside, ignore=shutil.ignore_patterns(STATE))
         beside.rename(there)
-    for path in sorted((source / "constitutions").glob("*.toml")):  # by which the copied records were made
-        if not (out / "constitutions" / path.name).exists():
-            write_atomic(out / "constitutions" / path.name, path.read_text(encoding="utf-8"))
+    for kept in ("constitutions", "examples"):  # by which the copied records were made
+        for path in sorted((source / kept).glob("*.toml")):
+            if not (out / kept / path.name).exists():
+                write_atomic(out / kept / path.name, path.read_text(encoding="utf-8"))

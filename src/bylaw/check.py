@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bylaw.check_records import check_records
-from bylaw.constitution.examples import beside, load_examples
+from bylaw.constitution.examples import load_examples
+from bylaw.constitution.schema import Constitution
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record, sha256_file
 from bylaw.rlaif.config import is_server
@@ -164,13 +165,16 @@ def _check_outside(ledger: Ledger, name: str, input: str, hash: str, hashes: _Ha
 
 
 def _check_examples(ledger: Ledger, name: str, hash: str, found: Findings) -> None:
-    place = Path(ledger.recipe.examples or beside(ledger.recipe.constitution))
+    place = ledger.run / "examples" / f"{hash}.toml"
+    if not any(_examples_hash(place, one) == hash for one in ledger.constitutions.values()):
+        found.problems.append(f"stage {name} went by examples ({hash}) that are not in examples/, or were changed")
+
+
+def _examples_hash(place: Path, constitution: Constitution) -> str | None:
     try:
-        now = {load_examples(place, one).hash for one in ledger.constitutions.values()}
-    except (ValueError, OSError):
-        now = set()
-    if hash not in now:
-        found.notes.append(f"stage {name} read the examples in {place}, which have changed since, or are gone")
+        return load_examples(place, constitution).hash
+    except (ValueError, OSError):  # gone, or an amended constitution has not all of the principles that they go by
+        return None
 
 
 def _note(name: str, path: Path, hash: str, hashes: _Hashes, found: Findings) -> None:

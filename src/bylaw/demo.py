@@ -162,6 +162,8 @@ def table(summary: dict[str, Any]) -> str:
     lines += [
         f"labels that agree with the oracle   {summary['label_accuracy']:.1%}, calibration error "
         f"{summary['label_ece']:.3f}, leaning to the first answer by {lean:+.3f}",
+        "where a principle takes no side between help and a refusal, the refusal's probability   "
+        + ("unknown" if (silent := summary["silent_refusal"]) is None else f"{silent:.3f}"),
         f"refusals of the last model that name the harm at stake   {named:.1%}",
         f"labels that flip where {AMENDED} is crossed out of the constitution   {flipped:.1%}",
     ]

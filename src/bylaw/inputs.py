@@ -47,7 +47,11 @@ class Run:
         recipe = self.recipe
         if not (recipe.examples or recipe.revise.shots or recipe.label.shots):
             return Examples()
-        return load_examples(recipe.examples or beside(recipe.constitution), self.constitution)
+        return load_examples(self.examples_path, self.constitution)
+
+    @property
+    def examples_path(self) -> Path:
+        return Path(self.recipe.examples or beside(self.recipe.constitution))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -8,7 +8,7 @@ from bylaw.ledger import Ledger
 from bylaw.model.fit import batches_of
 from bylaw.model.records import Record
 from bylaw.model.supervised import Example
-from bylaw.rlaif.pairs import is_heldout
+from bylaw.rlaif.pairs import is_heldout, pair_of
 from bylaw.sl_cai.finetune import helpful_examples, revision_examples
 
 Key = tuple[str, str, int]  # "round" or "helpful", prompt id, number
@@ -40,12 +40,19 @@ def preferred(ledger: Ledger, stage: str) -> dict[str, Fate]:
         return {}
     fraction, seed, counted = manifest["config"]["heldout_fraction"], manifest["seed"], manifest["counts"]
     fates = {id: _side(one, fraction, seed) for id, one in ledger.preferences.items()}
+    if counted.get("over_context"):  # else no text need be tokenised
+        fates |= {id: {"use": "left out", "reason": _over(ledger)} for id in _over_context(ledger)}
     trained = [fate for fate in fates.values() if fate["use"] == "trained on"]
     _check(manifest, "pairs", len(trained), counted["train_pairs"] - counted.get("helpful_pairs", 0))
     # Pairs that were mixed in from a file come after these.
     for fate, steps in zip(trained, _steps(manifest, counted["train_pairs"])[: len(trained)], strict=True):
         fate["steps"] = steps
     return fates
+
+
+def _over_context(ledger: Ledger) -> list[str]:
+    labelled = [one for one in ledger.preferences.values() if not one["abstained"]]
+    return [one["id"] for one in labelled if pair_of(one, ledger.tokenizer).longest > ledger.context]
 
 
 _CUT = ("cut_revisions", "cut_helpful")
@@ -76,7 +83,11 @@ def _left_out(ledger: Ledger, examples: list[Example], counts: Mapping[str, int]
         names = [name for name, count in counts.items() if count and name not in _KEPT]
         return ", ".join(_REASONS.get(name, name) for name in names)
     over = any(len(example.ids) > ledger.context for example in examples)
-    return f"longer than the model's context of {ledger.context} tokens" if over else ""
+    return _over(ledger) if over else ""
+
+
+def _over(ledger: Ledger) -> str:
+    return f"longer than the model's context of {ledger.context} tokens"
 
 
 def _side(preference: Record, fraction: float, seed: int) -> Fate:

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bylaw.constitution.examples import beside
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution
 from bylaw.model.checkpoint import check_model
@@ -90,6 +91,11 @@ class Ledger:
 
     def constitution_path(self, hash: str) -> Path:
         return self.run / "constitutions" / f"{hash}.toml"
+
+    def examples_path(self, hash: str) -> Path:
+        """The examples that the run keeps by that hash; a run of a bylaw that kept none has those of its recipe."""
+        kept = self.run / "examples" / f"{hash}.toml"
+        return kept if kept.exists() else Path(self.recipe.examples or beside(self.recipe.constitution))
 
     def principle(self, named: Record, constitution: str) -> dict[str, Any]:
         """A record's principle with its text, from the constitution of that hash; `problem` says why there is none."""

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from bylaw.adapters import FOLDER, adapted, ppo_models, reward_scales
+from bylaw.constitution.load import decode
 from bylaw.constitution.write import dump_constitution
 from bylaw.inputs import Run, device_of
 from bylaw.judges import judge_hash, judge_reader, server_figures
-from bylaw.model.checkpoint import load_scalar, save_model, save_reward
+from bylaw.model.checkpoint import check_model, load_scalar, save_model, save_reward
 from bylaw.model.engine import Engine
 from bylaw.model.engine.stats import Stats
 from bylaw.model.parallel import parallel_program
@@ -68,6 +69,9 @@ def _begin(run: Run, stages: Sequence[str]) -> None:
     out, used = run.recipe.out, f"constitutions/{run.constitution.hash}.toml"
     if not (out / used).exists():  # else an equal one: one that differs where no prompt shows it may stand there
         write_atomic(out / used, dump_constitution(run.constitution))
+    shown = out / "examples" / f"{run.examples.hash}.toml"
+    if (run.recipe.revise.shots or run.recipe.label.shots) and not shown.exists():
+        write_atomic(shown, decode(run.examples_path.read_bytes(), str(run.examples_path)))
     write_atomic(out / "recipe.toml", dump_recipe(run.recipe))
     write_sums(out, "recipe.toml")
 
@@ -153,9 +157,10 @@ def run_reward(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         fraction, counts = recipe.reward.heldout_fraction, {}
-        train, heldout, found = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
+        rest = recipe.seed, check_model(start)[0].max_position_embeddings
+        train, heldout, found = split_pairs(read_records(preferences), run.tokenizer, fraction, *rest)
         if ratio:
-            train, counts = mix_helpful(train, read_helpful(mixed), run.tokenizer, ratio, recipe.seed)
+            train, counts = mix_helpful(train, read_helpful(mixed), run.tokenizer, ratio, *rest)
         counts = found | {"train_pairs": len(train)} | counts
         model = load_scalar(start, recipe.seed, run.device, run.dtype, run.parallel)
         with adapted(run, model, start, folder):
@@ -212,8 +217,10 @@ def run_dpo(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         fraction = recipe.dpo.heldout_fraction
-        train, heldout, counts = split_pairs(read_records(preferences), run.tokenizer, fraction, recipe.seed)
         policy = run.model(start)
+        context = policy.config.max_position_embeddings
+        found = read_records(preferences)
+        train, heldout, counts = split_pairs(found, run.tokenizer, fraction, recipe.seed, context)
         with adapted(run, policy, start, folder):
             measures = train_dpo(policy, train, heldout, folder, recipe.dpo, recipe.seed, run.parallel)
         card = _card(run, "DPO: trained on AI preferences without a reward model")

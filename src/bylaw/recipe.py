@@ -127,6 +127,10 @@ class AmendConfig:
 
     out: Path | None = None
     """Folder of a new run, made from the first stage that the change reaches; what comes before it is copied."""
+    examples: str = ""
+    """File of examples to show by the amended constitution, of use when one goes by a principle that is taken out;
+    empty: the run's own.
+    """
     json: bool = False
     """Print JSON instead of text."""
 

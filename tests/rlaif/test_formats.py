@@ -225,7 +225,7 @@ def test_rows_of_one_prompt_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer
     rows = [{"prompt": f"w{n % 20}", "chosen": f"good w{rng.randint(1, 9)} {n}", "rejected": "bad"} for n in range(60)]
     records = read_preferences(rows_file(tmp_path, *rows)).records
     assert len({r["prompt_id"] for r in records}) == 20
-    train, heldout, _ = split_pairs(records, tokenizer, 0.3, 0)
+    train, heldout, _ = split_pairs(records, tokenizer, 0.3, seed=0, context=1000)
     prompts = [{tuple(pair.a[: pair.prompt]) for pair in side} for side in (train, heldout)]
     assert len(train) + len(heldout) == 60 and not prompts[0] & prompts[1]
 
@@ -233,7 +233,7 @@ def test_rows_of_one_prompt_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer
 def test_given_answers_are_tokenised_as_training_reads_them(tmp_path: Path, tokenizer: Tokenizer):
     rows = [{"prompt": f"w{n}", "chosen": "good w2", "rejected": "bad w3 w4"} for n in range(20)]
     records = read_preferences(rows_file(tmp_path, *rows), p_chosen=0.8).records
-    train, heldout, counts = split_pairs(records, tokenizer, 0.5, 0)
+    train, heldout, counts = split_pairs(records, tokenizer, 0.5, seed=0, context=1000)
     assert counts["train_pairs"] + counts["heldout_pairs"] == 20
     pair = next(p for p in (*train, *heldout) if p.a[: p.prompt] == tokenizer.prompt_ids(records[0]["prompt"]))
     turns = [*records[0]["prompt"], {"role": "assistant", "content": "good w2"}]

@@ -21,14 +21,26 @@ def preference(id: str, p_a: float | None = 0.9) -> Record:
 def test_a_share_of_the_pairs_is_helpful_ones(tokenizer: Tokenizer, ratio: float, taken: int, missing: int) -> None:
     train = [Pair([1, n], [2, n], 0.7) for n in range(10 if ratio != 0.2 else 8)]
     helpful = [preference(f"h{n}", 0.9 + n / 1000) for n in range(30)] + [preference("none", None)]
-    mixed, counts = mix_helpful(train, helpful, tokenizer, ratio, seed=1)
-    assert counts == {"helpful_pairs": taken, "helpful_pairs_missing": missing}
+    mixed, counts = mix_helpful(train, helpful, tokenizer, ratio, seed=1, context=100)
+    assert counts == {"helpful_pairs": taken, "helpful_over_context": 0, "helpful_pairs_missing": missing}
     assert mixed[: len(train)] == train and len(mixed) == len(train) + taken
     assert missing or taken == round(ratio * len(mixed))
-    again, _ = mix_helpful(train, helpful[::-1], tokenizer, ratio, seed=1)
+    again, _ = mix_helpful(train, helpful[::-1], tokenizer, ratio, seed=1, context=100)
     assert again == mixed  # by ids, not by places
     if not missing:
-        assert mix_helpful(train, helpful, tokenizer, ratio, seed=2)[0] != mixed
+        assert mix_helpful(train, helpful, tokenizer, ratio, seed=2, context=100)[0] != mixed
+
+
+def test_helpful_pairs_longer_than_the_context_make_room_for_others(tokenizer: Tokenizer) -> None:
+    train = [Pair([1, n], [2, n], 0.7) for n in range(10)]
+    helpful = [preference(f"h{n}") for n in range(30)]
+    longer = [one | {"a": one["a"] | {"ids": [20] * 50}} if n % 2 else one for n, one in enumerate(helpful)]
+    size = max(len(pair.a) for pair in mix_helpful(train, helpful, tokenizer, 0.5, seed=1, context=100)[0])
+    mixed, counts = mix_helpful(train, longer, tokenizer, 0.5, seed=1, context=size)
+    assert len(mixed) == 20 and all(pair.longest <= size for pair in mixed)
+    assert counts["helpful_pairs"] == 10 and 0 < counts["helpful_over_context"] <= 15
+    every = mix_helpful(train, longer, tokenizer, 0.8, seed=1, context=size)[1]
+    assert every == {"helpful_pairs": 15, "helpful_over_context": 15, "helpful_pairs_missing": 25}
 
 
 def test_helpful_preferences_are_read_in_our_form_and_in_trls(tmp_path: Path) -> None:

@@ -350,6 +350,17 @@ def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch: pytest.Monke
     assert judge.hash == f"{server.url} m (chat)"
 
 
+@pytest.mark.parametrize("slash", ["/", "\\/", "\\u002F"])
+def test_the_key_is_known_however_json_spells_it(slash: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-planted/01+23")
+    said = '{"error": {"message": "bad key sk-planted/01+23."}}'.replace("/", slash)
+    with (
+        serving(numbered, lambda body, attempt: (401, {}, said)) as server,
+        pytest.raises(ConnectionError, match=r"bad key \[key\]\."),
+    ):
+        reader(server.url, key_variable="MY_KEY").read([question(0)])
+
+
 @pytest.mark.parametrize(
     ("url", "key", "said"),
     [

@@ -28,6 +28,7 @@ from bylaw.rlaif.reward import measure, pair_scores, train_reward
 
 MakeModel = Callable[..., Any]
 SEED = 5
+CONTEXT = 1000
 
 
 def made_pairs(tokenizer: Tokenizer, prompts: int, pairs_per_prompt: int = 1) -> list[Record]:
@@ -78,7 +79,7 @@ def test_the_taste_of_a_known_judge_goes_through_labels_into_the_reward_model(
     label(judge, pairs, tmp_path / "preferences.jsonl")
     preferences = read_records(tmp_path / "preferences.jsonl")
     config = settings(batch_size=16, epochs=3)
-    train, heldout, _ = split_pairs(preferences, tokenizer, config.heldout_fraction, SEED)
+    train, heldout, _ = split_pairs(preferences, tokenizer, config.heldout_fraction, SEED, CONTEXT)
     model = scalar_model(make_model(width=24), SEED)
     measures = train_reward(model, train, heldout, tmp_path, config, SEED)
     assert measures["heldout_accuracy"] > 0.97 and len(heldout) > 60
@@ -117,7 +118,7 @@ def test_the_score_is_that_of_the_last_token_and_of_no_other(make_model: MakeMod
 
 def test_an_answer_has_the_same_score_alone_and_in_any_company(make_model: MakeModel, tokenizer: Tokenizer) -> None:
     model = scalar_model(make_model(), SEED)
-    train, heldout, _ = split_pairs(preferred(tokenizer, 12), tokenizer, 0.5, SEED)
+    train, heldout, _ = split_pairs(preferred(tokenizer, 12), tokenizer, 0.5, SEED, CONTEXT)
     pairs = train + heldout
     with torch.no_grad():
         scores = torch.stack(pair_scores(model, pairs), dim=1).flatten()
@@ -129,8 +130,8 @@ def test_pairs_of_a_prompt_stay_on_one_side_and_abstentions_on_neither(tokenizer
     preferences = preferred(tokenizer, prompts=60, pairs_per_prompt=3)
     for silent in preferences[::10]:
         silent |= {"p_a": None, "abstained": "unclear"}
-    train, heldout, counts = split_pairs(preferences, tokenizer, 0.25, SEED)
-    assert counts == {"train_pairs": len(train), "heldout_pairs": len(heldout), "abstained": 18}
+    train, heldout, counts = split_pairs(preferences, tokenizer, 0.25, SEED, CONTEXT)
+    assert counts == {"train_pairs": len(train), "heldout_pairs": len(heldout), "abstained": 18, "over_context": 0}
     assert len(train) + len(heldout) == 162 and 20 < len(heldout) < 65
 
     def prompts(pairs: list[Pair]) -> set[tuple[int, ...]]:
@@ -141,7 +142,7 @@ def test_pairs_of_a_prompt_stay_on_one_side_and_abstentions_on_neither(tokenizer
     }
     expected = {tuple(tokenizer.prompt_ids(r["prompt"])) for r in preferences if r["prompt_id"] in held}
     assert prompts(heldout) == expected and not prompts(train) & expected
-    again = split_pairs(list(reversed(preferences)), tokenizer, 0.25, SEED)
+    again = split_pairs(list(reversed(preferences)), tokenizer, 0.25, SEED, CONTEXT)
     assert prompts(again[1]) == expected  # whatever the order
 
 
@@ -149,9 +150,19 @@ def test_a_pair_is_the_prompt_and_the_very_ids_of_the_answers(tokenizer: Tokeniz
     cut = {"text": "w5", "ids": [20, 1, 21], "finish": "length"}
     stopped = {"text": "w6", "ids": [22], "finish": "stop"}  # at a stop string, which is not among the ids
     preferences = [preference | {"a": cut, "b": stopped} for preference in preferred(tokenizer, 20)]
-    train, heldout, _ = split_pairs(preferences, tokenizer, 0.5, SEED)
+    train, heldout, _ = split_pairs(preferences, tokenizer, 0.5, SEED, CONTEXT)
     for pair in train + heldout:
         assert pair.a[6:] == [20, 1, 21] and pair.b[6:] == [22, tokenizer.eos_id]
+
+
+def test_pairs_longer_than_the_context_are_left_out_and_counted(tokenizer: Tokenizer) -> None:
+    long = {"text": "w5", "ids": [20] * 11, "finish": "length"}  # 6 + 11 tokens
+    preferences = preferred(tokenizer, 30)
+    shorter = split_pairs(preferences, tokenizer, 0.5, SEED, context=17)
+    preferences[3:3] = [one | {"id": f"{one['id']} long", side: long} for one in preferences[:2] for side in "ab"]
+    assert split_pairs(preferences, tokenizer, 0.5, SEED, context=17)[2]["over_context"] == 0
+    train, heldout, counts = split_pairs(preferences, tokenizer, 0.5, SEED, context=16)
+    assert (train, heldout) == shorter[:2] and counts == shorter[2] | {"over_context": 4}
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -160,7 +171,7 @@ def test_an_empty_side_is_refused(tokenizer: Tokenizer, silent: bool) -> None:
     if silent:
         preferences = [preference | {"p_a": None, "abstained": "unclear"} for preference in preferences]
     with pytest.raises(ValueError, match=r"both sides of heldout_fraction = 0.25.*'abstained': (0|20)"):
-        split_pairs(preferences, tokenizer, 0.25, SEED)
+        split_pairs(preferences, tokenizer, 0.25, SEED, CONTEXT)
 
 
 def test_held_out_measures_by_hand(make_model: MakeModel) -> None:
@@ -172,6 +183,7 @@ def test_held_out_measures_by_hand(make_model: MakeModel) -> None:
     assert measures["score_mean"] == pytest.approx(mean)
     assert measures["score_std"] == pytest.approx(math.sqrt(sum((s - mean) ** 2 for s in scores) / 8))
     assert measures["heldout_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)  # a tie of scores is half right
+    assert measures["heldout_sure_accuracy"] == pytest.approx((0.8 * 1 + 0.6 * 0 + 0.6 * 0.5) / (0.8 + 0.6 + 0.6))
     sigma = {d: 1 / (1 + math.exp(-d)) for d in (1, -3, 0, 5)}
     losses = [
         -(p * math.log(sigma[d]) + (1 - p) * math.log(1 - sigma[d]))
@@ -185,7 +197,8 @@ def test_held_out_measures_by_hand(make_model: MakeModel) -> None:
 def test_ties_alone_have_no_accuracy(make_model: MakeModel, tmp_path: Path) -> None:
     pairs = [Pair([1, 2], [3], 0.5)] * 3
     model = scalar_model(make_model(), SEED)
-    assert train_reward(model, pairs, pairs, tmp_path, settings(), SEED)["heldout_accuracy"] is None
+    measures = train_reward(model, pairs, pairs, tmp_path, settings(), SEED)
+    assert measures["heldout_accuracy"] is measures["heldout_sure_accuracy"] is None
     assert all("accuracy" not in line for line in read_records(tmp_path / "metrics.jsonl"))
 
 
@@ -200,7 +213,7 @@ def test_a_soft_label_is_what_the_probability_comes_to(make_model: MakeModel, tm
 
 
 def trained(make_model: MakeModel, tokenizer: Tokenizer, folder: Path, **changes: Any) -> tuple[ScalarModel, dict]:
-    train, heldout, _ = split_pairs(preferred(tokenizer, 50), tokenizer, 0.25, SEED)
+    train, heldout, _ = split_pairs(preferred(tokenizer, 50), tokenizer, 0.25, SEED, CONTEXT)
     model = scalar_model(make_model(), SEED)
     return model, train_reward(model, train, heldout, folder, settings(epochs=2, **changes), SEED)
 

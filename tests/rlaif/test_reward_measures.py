@@ -248,7 +248,7 @@ def test_two_answers_that_are_the_same_keep_their_label_and_teach_nothing(
 ) -> None:
     """NeMo-Aligner, generate_rl_cai_dataset.py: a random other answer in their place, and errors dropped in silence."""
     twins = both_sides([record([20, 21, 0], [20, 21, 0])])
-    train, heldout, counts = split_pairs(twins, tokenizer, 0.4, SEED)
+    train, heldout, counts = split_pairs(twins, tokenizer, 0.4, SEED, context=1000)
     assert counts["train_pairs"] + counts["heldout_pairs"] == 12 and counts["abstained"] == 0
     assert all(pair.a == pair.b and pair.p_a == 0.5 for pair in train + heldout)
     model = scalar_model(make_model(), SEED)
@@ -259,20 +259,20 @@ def test_two_answers_that_are_the_same_keep_their_label_and_teach_nothing(
     broken = both_sides([record([20, 0], [21, 0])])
     del broken[5]["b"]
     with pytest.raises(KeyError):
-        split_pairs(broken, tokenizer, 0.4, SEED)
+        split_pairs(broken, tokenizer, 0.4, SEED, context=1000)
 
 
 def test_an_unclear_verdict_is_no_label(tokenizer: Tokenizer) -> None:
     """apassuello, preference_comparison.py: unclear was taken as A."""
     known, unclear = record([20, 0], [21, 0], 0.2), record([22, 0], [23, 0], None, abstained="unclear")
-    train, heldout, counts = split_pairs(both_sides([known, unclear]), tokenizer, 0.4, SEED)
+    train, heldout, counts = split_pairs(both_sides([known, unclear]), tokenizer, 0.4, SEED, context=1000)
     assert counts["abstained"] == 12 and all(pair.p_a == 0.2 for pair in train + heldout)
 
 
 def test_answers_that_were_cut_count_in_the_scale_of_scores(make_model: MakeModel, tokenizer: Tokenizer) -> None:
     """AReaL issue 1351: rows without an end of text. They are scored at their own last token, as all others are."""
     cut = both_sides([record([20, 21, 22], [23], 0.7, finish="length"), record([24, 0], [25, 26, 0], 0.7)])
-    train, heldout, _ = split_pairs(cut, tokenizer, 0.4, SEED)
+    train, heldout, _ = split_pairs(cut, tokenizer, 0.4, SEED, context=1000)
     pairs, model = train + heldout, scalar_model(make_model(), SEED)
     assert {ids[-1] for pair in pairs for ids in (pair.a, pair.b)} == {22, 23, tokenizer.eos_id}
     scores = [score for both in alone(model, pairs) for score in both]

@@ -146,9 +146,11 @@ def _principles(run: RunFacts, effects: Sequence[PrincipleEffect]) -> Iterator[F
 
 def _reward(run: RunFacts) -> Iterator[Flag]:
     counts = run.stages["reward"].counts or run.stages["dpo"].counts
-    accuracy, ece = counts.get("heldout_accuracy"), counts.get("heldout_ece")
+    sure, ece = counts.get("heldout_sure_accuracy"), counts.get("heldout_ece")
+    accuracy = counts.get("heldout_accuracy") if sure is None else sure
     if accuracy is not None and accuracy < 0.65:
-        agrees = f"It agrees with {percent(accuracy)} of the held-out labels that prefer an answer"
+        agrees = f"Of the held-out labels that prefer an answer it agrees with {percent(accuracy)}"
+        agrees += "" if sure is None else ", by how sure they are"
         text = f"{agrees}; a coin would with 50 % (bound 65 %)."
         yield Flag("worry", "The preferences were hardly learnt", text)
     if ece is not None and ece > 0.1:
@@ -201,10 +203,11 @@ def _stages(run: RunFacts) -> Iterator[Flag]:
             )
             yield Flag("note", f"The stage “{stage.name}” has not finished", text)
     counts: Record = run.stages["finetune"].counts
-    left_out = {
-        name: counts.get(name, 0)
-        for name in ("empty_revisions", "cut_revisions", "empty_helpful", "cut_helpful", "over_context")
-    }
+    names = ("empty_revisions", "cut_revisions", "empty_helpful", "cut_helpful", "over_context")
+    left_out = {name: counts.get(name, 0) for name in names}
+    learned: Record = run.stages["reward"].counts or run.stages["dpo"].counts
+    pairs = {"pairs_over_context": "over_context", "helpful_pairs_over_context": "helpful_over_context"}
+    left_out |= {title: learned.get(name, 0) for title, name in pairs.items()}
     if any(left_out.values()):
         text = "; ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in left_out.items() if count)
         yield Flag("note", "Some texts were not trained on, or marked", f"{text}.")

@@ -119,10 +119,12 @@ def _reward(stage: StageFacts) -> str:
     counts = stage.counts
     if stage.state != "finished":
         return ""
+    sure = counts.get("heldout_sure_accuracy")
+    agreed = percent(counts.get("heldout_accuracy") if sure is None else sure)
     return (
         f"A reward model learnt from {many(counts.get('train_pairs', 0), 'pair')} to give the score that the labels "
-        f"would give. Of {many(counts.get('heldout_pairs', 0), 'pair')} that it had not seen it agrees with "
-        f"{percent(counts.get('heldout_accuracy'))} of the labels that prefer an answer."
+        f"would give. Of {many(counts.get('heldout_pairs', 0), 'pair')} that it had not seen it agrees with {agreed} "
+        f"of the labels that prefer an answer{'' if sure is None else ', each counted by how sure it is'}."
     )
 
 
