@@ -180,6 +180,35 @@ def test_what_was_left_out_of_training_has_its_reason(finished: Path, tmp_path: 
     assert "not yet: finetune has not finished" in describe(found)
 
 
+def test_pairs_over_the_context_are_told_and_the_steps_of_the_others_stay_true(finished: Path, tmp_path: Path) -> None:
+    """As if the model had a shorter context when it was trained: some pairs fit, and only they have steps."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    labelled = [one for one in records(run / "label" / "preferences.jsonl") if not one["abstained"]]
+    tokenizer = Tokenizer.load(run / "finetune" / "sl-cai")
+    longest = {
+        one["id"]: max(len(tokenizer.prompt_ids(one["prompt"])) + len(one[side]["ids"]) for side in "ab")
+        for one in labelled
+    }
+    context = sorted(longest.values())[len(longest) // 2]
+    over = {id for id, tokens in longest.items() if tokens > context}
+    assert over and len(over) < len(longest)
+    before = {one["id"]: Tracer(Ledger(run)).trace(one["id"])["pairs"][0]["reward"]["use"] for one in labelled}
+    config, manifest = run / "finetune" / "sl-cai" / "config.json", run / "reward" / "manifest.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": context}))
+    told = json.loads(manifest.read_text())
+    fits = [id for id in before if before[id] == "trained on" and id not in over]
+    told["counts"] |= {"over_context": len(over), "train_pairs": len(fits)}
+    manifest.write_text(json.dumps(told))
+    tracer = Tracer(Ledger(run))
+    found = {id: tracer.trace(id)["pairs"][0] for id in before}
+    for id, one in found.items():
+        assert one["reward"]["use"] == ("left out" if id in over else before[id])
+        assert bool(one["reward"].get("steps")) == (id in fits)
+    left = next(iter(over))
+    reason = f"longer than the model's context of {context} tokens"
+    assert found[left]["reward"]["reason"] == reason and reason in describe(tracer.trace(left))
+
+
 def test_critic_warm_up_and_a_stop_are_told(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     path = run / "ppo" / "manifest.json"
