@@ -15,20 +15,27 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def assert_as_good(ours: Tensor, torchs: Tensor, exact: Tensor, name: str = "") -> None:
-    """The kernel's largest error is at most twice that of torch in the same dtype, or one rounding of the result."""
+def assert_as_good(ours: Tensor, torchs: Tensor, exact: Tensor, name: str = "", exponent: float = 0.0) -> None:
+    """The kernel's largest error is at most twice that of torch in the same dtype, or one rounding of the result.
+
+    `exponent` is the size of the float32 exponents from which a kernel makes weights anew that torch has kept: their
+    rounding is an error of every weight, whatever the dtype.
+    """
     assert ours.dtype == torchs.dtype and ours.shape == exact.shape, f"{name}: {ours.dtype} {tuple(ours.shape)}"
     if not exact.numel():
         return
     error, allowed = (float((x.double() - exact).abs().max()) for x in (ours, torchs))
-    rounding = torch.finfo(ours.dtype).eps * float(exact.abs().max())
+    eps = max(torch.finfo(ours.dtype).eps, exponent * torch.finfo(torch.float32).eps)
+    rounding = eps * float(exact.abs().max())
     assert error <= max(2 * allowed, rounding), f"{name}: error {error:.3g}, torch's {allowed:.3g}"
 
 
-def assert_all_as_good(ours: tuple[Tensor, ...], torchs: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
+def assert_all_as_good(
+    ours: tuple[Tensor, ...], torchs: tuple[Tensor, ...], exact: tuple[Tensor, ...], exponent: float = 0.0
+) -> None:
     """`assert_as_good` for each: an output and its gradients, as `gradients` gives them."""
     for i, (got, same_dtype, true) in enumerate(zip(ours, torchs, exact, strict=True)):
-        assert_as_good(got, same_dtype, true, f"tensor {i}")
+        assert_as_good(got, same_dtype, true, f"tensor {i}", exponent)
 
 
 def gradients(function: Callable[..., Tensor], grad_out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
