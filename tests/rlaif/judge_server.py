@@ -125,7 +125,7 @@ def waited(since: float) -> float:
 
 
 KEY = "sk-planted-7f3a9c"
-QUICK = {"model": "m", "timeout_seconds": 0.25, "backoff_seconds": 0.002, "retries": 3}
+QUICK = {"model": "m", "timeout_seconds": 30.0, "backoff_seconds": 0.002, "retries": 3}
 
 
 def reader(url: str, **settings: Any) -> RemoteReader:

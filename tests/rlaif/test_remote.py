@@ -195,7 +195,7 @@ def test_as_many_requests_at_a_time_as_are_allowed() -> None:
 @pytest.mark.parametrize("fault", ["hang", "drip"])
 def test_a_request_that_takes_too_long_is_made_again(fault: str) -> None:
     with serving(numbered, lambda body, attempt: fault if attempt == 0 else None) as server:
-        judge = reader(server.url, timeout_seconds=0.1)
+        judge = reader(server.url, timeout_seconds=0.5)
         assert judge.read([question(0)]) == numbered_readings(1)
     assert judge.counts == {"requests": 1, "again: timed out": 1, "bounded": 0}
 
