@@ -265,7 +265,7 @@ def test_a_large_run_is_sampled_and_says_so(run: Path, tmp_path: Path) -> None:
 def test_stages_that_are_missing_are_told(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('base = "b"\nconstitution = "village"\nlast = "dpo"\n')
     empty = Reader(render(gather(tmp_path), ReportConfig())).words
-    assert "No chains: The stage “revise” has not run." in empty and "no summary.json" in empty
+    assert "No chains: The stage “revise” has not run." in empty and "nobody has asked this run's models yet" in empty
     assert "This recipe ends in DPO" in empty and "The stage “dpo” has not run." in empty
     (tmp_path / "recipe.toml").write_text('base = "b"\nconstitution = "village"\n[ppo]\nreward = "judge"\n')
     judged = Reader(render(gather(tmp_path), ReportConfig())).words

@@ -16,6 +16,11 @@ from bylaw.recipe import EVERY_STAGE, Recipe, load_recipe
 from bylaw.sums import MANIFEST
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / "recipe.toml").is_file()
+
+
 @dataclass(frozen=True)
 class Ledger:
     """A run folder. Records of stages that have not finished are there too, as far as they were written."""
@@ -23,7 +28,7 @@ class Ledger:
     run: Path
 
     def __post_init__(self) -> None:
-        if not (self.run / "recipe.toml").is_file():
+        if not is_run(self.run):
             raise FileNotFoundError(f"{self.run}: not a run folder (it has no recipe.toml)")
 
     @cached_property
@@ -88,6 +93,17 @@ class Ledger:
             if found[path.stem].hash != path.stem:
                 raise ValueError(f"{path}: its constitution has the hash {found[path.stem].hash}; the file was changed")
         return found
+
+    @cached_property
+    def constitution(self) -> Constitution:
+        """The one by which the run's labels were made, or its chains, where it has no labels; the recipe's without
+        either. An amendment's, which a run keeps too, is none of these.
+        """
+        for records in (self.preferences, self.chains):
+            hash = next((one["by"].get("constitution") for one in records.values()), None)
+            if hash in self.constitutions:
+                return self.constitutions[hash]
+        return load_constitution(self.recipe.constitution)
 
     def constitution_path(self, hash: str) -> Path:
         return self.run / "constitutions" / f"{hash}.toml"

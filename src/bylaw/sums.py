@@ -32,6 +32,15 @@ def write_sums(run: Path, *written: str) -> None:
         write_atomic(run / SUMS, text)
 
 
+def write_sums_within(run: Path, place: Path) -> None:
+    """`write_sums` of a file or folder that was written, if it lies in the run and the run has sums. Without any, sums
+    made now would vouch for files that nobody has checked.
+    """
+    whole, part = run.resolve(), place.resolve()
+    if part.is_relative_to(whole) and (run / SUMS).exists():
+        write_sums(run, part.relative_to(whole).as_posix())
+
+
 def read_sums(run: Path) -> dict[str, str]:
     """Hash by file name, relative to `run`; empty without a SHA256SUMS. ValueError naming the line that is no sum."""
     if not (run / SUMS).exists():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from bylaw.attribution import PrincipleEffect
 from bylaw.model.records import Record
+from bylaw.report.behaviour import ends
 from bylaw.report.gather import RunFacts
 from bylaw.report.words import many, number, percent, points
 
@@ -182,9 +183,10 @@ def _ppo(run: RunFacts) -> Iterator[Flag]:
 
 
 def _behaviour(summary: Mapping[str, Any]) -> Iterator[Flag]:
-    before, after = summary.get("base"), summary.get("rl_cai")
-    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+    both = ends(summary)
+    if both is None:
         return
+    before, after = both
     lost = before.get("helpful_benign", 0.0) - after.get("helpful_benign", 0.0)
     if lost > LOST_HELP:
         text = f"It helps with {percent(lost)} fewer harmless requests than the base (bound {percent(LOST_HELP)})."

@@ -10,6 +10,7 @@ from bylaw.constitution.load import load_constitution, parse_constitution
 from bylaw.constitution.schema import Constitution
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, read_records
 from bylaw.recipe import EVERY_STAGE
+from bylaw.report.behaviour import summary_of
 from bylaw.sums import BEGUN, MANIFEST
 
 State = Literal["finished", "begun", "absent"]
@@ -54,7 +55,6 @@ def gather(folder: Path) -> RunFacts:
     stages = {name: _stage(folder / name, name) for name in EVERY_STAGE}
     chains = _records(folder / "revise" / "chains.jsonl", stages["revise"])
     preferences = _records(folder / "label" / "preferences.jsonl", stages["label"])
-    summary = folder / "summary.json"
     return RunFacts(
         folder=folder,
         recipe=recipe,
@@ -62,7 +62,7 @@ def gather(folder: Path) -> RunFacts:
         constitution=_constitution(folder, recipe, [*preferences[-1:], *chains[-1:]]),
         chains=chains,
         preferences=preferences,
-        summary=read_object(summary) if summary.exists() else {},
+        summary=summary_of(folder),
     )
 
 

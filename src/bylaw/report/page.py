@@ -16,12 +16,12 @@ from markupsafe import Markup, escape
 from bylaw.attribution import DECIDED, Attribution, Conflict, attribute
 from bylaw.model.records import Record, write_atomic
 from bylaw.model.settings import require
-from bylaw.report import flags, panels, story, words
+from bylaw.report import behaviour, flags, panels, story, words
 from bylaw.report.figures import meter
 from bylaw.report.gather import RunFacts, gather
 from bylaw.report.sample import sample
 from bylaw.rlaif.trust import trust
-from bylaw.sums import SUMS, write_sums
+from bylaw.sums import write_sums_within
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'"
@@ -57,9 +57,7 @@ def write_report(folder: Path, config: ReportConfig) -> Path:
     """
     out = config.out or folder / "report.html"
     write_atomic(out, render(gather(folder), config))
-    inside = out.resolve().is_relative_to(folder.resolve())
-    if inside and (folder / SUMS).exists():  # sums made now would vouch for files that nobody has checked
-        write_sums(folder, out.resolve().relative_to(folder.resolve()).as_posix())
+    write_sums_within(folder, out)
     return out
 
 
@@ -85,10 +83,13 @@ def render(run: RunFacts, config: ReportConfig) -> str:
         "conflicts": conflicts(run, facts),
         "chains": chains,
         "labels": labels,
+        "models": behaviour.models(run.summary),
+        "stakes": behaviour.stakes(run.summary),
         "pareto": [panel for panel in (panels.pareto(run.summary), panels.revision_curve(run.summary)) if panel],
         "curves": panels.curves(run),
         "judge": panels.judge(run, measured),
         "trace": partial(trace_command, run.folder),
+        "evaluate": f"bylaw evaluate {shlex.quote(str(run.folder))} --harmful FILE --benign FILE",
     }
     return environment().get_template("page.html.jinja").render(values)
 

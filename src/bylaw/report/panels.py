@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bylaw.model.records import Record
+from bylaw.report.behaviour import models
 from bylaw.report.figures import Axis, Point, Series, axis, bars, histogram, line_chart, scatter
 from bylaw.report.gather import RunFacts
 from bylaw.report.words import number
@@ -14,7 +15,6 @@ from bylaw.report.words import number
 POINTS = 160
 """Points of a curve at most: more steps are shown as means of equal stretches, and the caption says so."""
 
-MODELS = (("base", "Base"), ("sl_cai", "SL-CAI"), ("rl_cai", "RL-CAI"))
 # stage, key in its metrics, title, name of the axis, what it says to a reader who is no engineer
 CURVES = (
     ("finetune", "loss", "Fine-tuning loss", "nats per token", "Lower: the revisions surprise the model less."),
@@ -93,19 +93,16 @@ def _reward_against_kl(metrics: Sequence[Record]) -> Panel | None:
 
 
 def pareto(summary: Mapping[str, Any]) -> Panel | None:
-    """Helpfulness against harmlessness, of the models in the summary and of any further checkpoints."""
-    named = [(label, summary.get(key)) for key, label in MODELS]
-    extra = summary.get("checkpoints")
-    named += [(str(c.get("name", c.get("step", n))), c) for n, c in enumerate(extra)] if isinstance(extra, list) else []
+    """Helpfulness against harmlessness of the models in the summary."""
     rows = [
         (name, figures["helpful_benign"], 1 - figures["complied_harmful"])
-        for name, figures in named
-        if isinstance(figures, Mapping) and {"helpful_benign", "complied_harmful"} <= figures.keys()
+        for name, figures in models(summary)
+        if {"helpful_benign", "complied_harmful"} <= figures.keys()
     ]
     if not rows:
         return None
-    tones = {"RL-CAI": 0, "SL-CAI": 1, "Base": 2}
-    dots = [Point(helpful, safe, name, 6, tones.get(name, 1)) for name, helpful, safe in rows]
+    tones = {"SL-CAI": 1, "Base": 2}
+    dots = [Point(helpful, safe, name, 6, tones.get(name, 0)) for name, helpful, safe in rows]
     low = max(0.0, min(p.x for p in dots) - 0.1)
     x, y = Axis("helps with harmless asks", low - low % 0.1, 1.02, True), Axis("does not help harm", 0.0, 1.04, True)
     note = "Up is less harm, right is more help; the best corner is the upper right."

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bylaw.report.behaviour import ends, models
 from bylaw.report.gather import RunFacts, StageFacts
-from bylaw.report.panels import MODELS
 from bylaw.report.words import many, percent
 
 # measure in summary.json, what it means, whether more is better
@@ -147,24 +147,27 @@ def _dpo(stage: StageFacts) -> str:
     return (
         f"The model learnt from {many(counts.get('train_pairs', 0), 'pair')} directly, without a reward model. On "
         f"held-out pairs it prefers the labelled answer {percent(counts.get('heldout_accuracy'))} of the time. The "
-        "result is RL-CAI."
+        "result is DPO-CAI."
     )
 
 
-def what_changed(summary: Mapping[str, Any]) -> list[tuple[str, bool, list[tuple[str, float | None]]]]:
-    """Per measure: its meaning, whether more is better, and its value for each model of the summary."""
-    models = [(key, label) for key, label in MODELS if isinstance(summary.get(key), Mapping)]
-    rows = [(text, up, [(label, summary[key].get(name)) for key, label in models]) for name, text, up in MEASURES]
-    return [row for row in rows if any(value is not None for _, value in row[2])]
+def what_changed(summary: Mapping[str, Any]) -> list[tuple[str, bool, list[tuple[str, float | None, Any]]]]:
+    """Per measure: its meaning, whether more is better, and for each model its label, its value, and the 95 % interval
+    where the summary has one.
+    """
+    rows = [
+        (text, up, [(label, one.get(name), one.get("intervals", {}).get(name)) for label, one in models(summary)])
+        for name, text, up in MEASURES
+    ]
+    return [row for row in rows if any(value is not None for _, value, _ in row[2])]
 
 
 def headline(summary: Mapping[str, Any]) -> str:
     """What changed, in one sentence; empty without the figures for it."""
-    before, after = summary.get("base"), summary.get("rl_cai")
-    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+    both = ends(summary)
+    if not both or not all({"complied_harmful", "helpful_benign"} <= side.keys() for side in both):
         return ""
-    harm = [percent(side.get("complied_harmful")) for side in (before, after)]
-    help = [percent(side.get("helpful_benign")) for side in (before, after)]
+    harm, help = ([percent(side[name]) for side in both] for name in ("complied_harmful", "helpful_benign"))
     return (
         f"Before, the model helped with {harm[0]} of harmful requests; now with {harm[1]}. "
         f"It helped with {help[0]} of harmless ones; now with {help[1]}."
