@@ -20,6 +20,7 @@ from bylaw.model.engine import Engine
 from bylaw.model.records import Record, decode_record, numbered_lines
 from bylaw.model.sampler import tokenizer_of, turn
 from bylaw.model.tokenizer import Tokenizer
+from bylaw.rlaif.reader import TOO_LONG, Question, Reader
 from bylaw.rlaif.trust import calibration, spread
 
 By = Literal["letters", "texts"]
@@ -67,6 +68,22 @@ def ask_choices(
         _answer(choice, [len(one) for one in query[1]], answer)
         for choice, query, answer in zip(choices, queries, answers, strict=True)
     ]
+
+
+def ask_letters(reader: Reader, choices: Sequence[Choice], prefix: str) -> list[Record]:
+    """The answers of a judge that tells the letters A and B alone, such as one behind a server, to questions of two
+    options put by letters; `prefix` is how its reply begins, up to the letter.
+
+    Raises ValueError, before any question, for one with other options.
+    """
+    for one in choices:
+        if [_LETTER.fullmatch(option) and option.strip(" ().") for option in one.options] != ["A", "B"]:
+            raise ValueError(
+                f"question {one.id!r} has the options {list(one.options)!r:.100}; a server is asked for A and B alone"
+            )
+    readings = reader.read([Question([turn("user", one.prompt.strip())], prefix) for one in choices])
+    answers: list[Any] = [list(one.logprobs) if one.logprobs else one.why for one in readings]
+    return [_answer(choice, [1, 1], answer) for choice, answer in zip(choices, answers, strict=True)]
 
 
 def measure_choices(answers: Sequence[Record]) -> dict[str, Any]:
@@ -219,10 +236,12 @@ def _query(choice: Choice, ids: Callable[[str, str], list[int]]) -> tuple[list[i
     return whole[0][:shared], [one[shared:] for one in whole]
 
 
-def _answer(choice: Choice, tokens: list[int], answer: list[float] | ValueError) -> Record:
+def _answer(choice: Choice, tokens: list[int], answer: list[float] | ValueError | str) -> Record:
+    """`answer`: the log-probs of the options, or why there are none."""
     kept: Record = {"id": choice.id, "options": list(choice.options), "right": list(choice.right), "tokens": tokens}
-    if isinstance(answer, ValueError):
-        return kept | {"logprobs": None, "p": None, "abstained": "longer than the judge's context"}
+    if isinstance(answer, ValueError | str):
+        why = answer if isinstance(answer, str) else TOO_LONG
+        return kept | {"logprobs": None, "p": None, "abstained": why}
     return kept | {"logprobs": answer, "p": _shares(answer), "abstained": ""}
 
 

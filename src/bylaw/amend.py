@@ -44,7 +44,7 @@ def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     ledger = Ledger(folder)
     amended, labelled = load_constitution(new), _labelled(ledger)
     old = _constitution_of(ledger, labelled)
-    recipes = _recipes(ledger, labelled, config)
+    recipes = _recipes(ledger, config)
     first = first_stage(diff(old, amended), _other_examples(recipes, (old, amended)))
     there = folder / "amendments" / amended.hash
     kept = ledger.constitution_path(amended.hash)
@@ -142,23 +142,14 @@ def _begin(there: Path, of: dict[str, str]) -> None:
     write_atomic(there / OF, json.dumps(of) + "\n")
 
 
-def _recipes(ledger: Ledger, labelled: Sequence[Record], config: AmendConfig) -> tuple[Recipe, Recipe]:
-    """The run's recipe, for where the folder lies now, and the one to amend it by. Examples are named: none lie beside
-    the constitutions that a run keeps. ValueError for an output folder that is the run's own.
+def _recipes(ledger: Ledger, config: AmendConfig) -> tuple[Recipe, Recipe]:
+    """The run's recipe as it was made, and the one to amend it by. ValueError for an output folder that is the run's
+    own.
     """
     if config.out and config.out.resolve() == ledger.run.resolve():
         raise ValueError(f"out = {config.out} is the run itself; allowed: another folder, for the run made anew")
-    recipe = ledger.recipe
-    shots = recipe.label.shots or recipe.revise.shots
-    examples = str(ledger.examples_path(_examples_of(ledger, labelled)).absolute()) if shots else recipe.examples
-    before = replace(recipe, out=ledger.run, examples=examples)
-    return before, replace(before, examples=config.examples or examples)
-
-
-def _examples_of(ledger: Ledger, labelled: Sequence[Record]) -> str:
-    """The hash of the examples that the labels were made with, else of those of the chains; "" for none."""
-    of_chains = ledger.manifests.get("revise", {"inputs": {}})["inputs"].get("examples", "")
-    return next((one["by"]["examples"] for one in labelled if "examples" in one["by"]), of_chains)
+    before = ledger.as_made
+    return before, replace(before, examples=config.examples or before.examples)
 
 
 def _other_examples(recipes: tuple[Recipe, Recipe], constitutions: tuple[Constitution, Constitution]) -> list[Stage]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from bylaw.asks import Ask, read_asks
 from bylaw.model.records import Record, encode_record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings, require
+from bylaw.recipe import is_run
 from bylaw.sums import write_sums_within
 from bylaw.trace_text import visible
 
@@ -96,7 +97,7 @@ def evaluate(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     be read, and for a principle named in a file that the constitution does not have.
     """
     from bylaw.constitution.load import load_constitution
-    from bylaw.ledger import Ledger, is_run
+    from bylaw.ledger import Ledger
     from bylaw.reading import load_rules
 
     if not config.harmful and not config.benign:
@@ -324,4 +325,6 @@ def _cell(rate: Mapping[str, float] | None, name: str = "") -> str:
     if rate is None:
         return "-"
     share, low, high = (100 * rate[key] for key in ("share", "low", "high"))
-    return f"{share:+.1f}% ({low:+.0f} to {high:+.0f})" if name == "difference" else f"{share:.1f}% ({low:.0f}-{high:.0f})"
+    return (
+        f"{share:+.1f}% ({low:+.0f} to {high:+.0f})" if name == "difference" else f"{share:.1f}% ({low:.0f}-{high:.0f})"
+    )

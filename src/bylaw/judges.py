@@ -13,14 +13,14 @@ from bylaw.rlaif.remote import RemoteReader
 
 def judge_hash(run: Run) -> str:
     """What names the judge in manifests and records. Reads no weights, and asks no server."""
-    return server_reader(run).hash if is_server(run.recipe.judge) else run.hash(_folder(run))
+    return server_reader(run).hash if is_server(run.recipe.judge) else run.hash(judge_folder(run))
 
 
 def judge_reader(run: Run) -> Reader:
     """The judge, ready to be asked: of a checkpoint, with its weights."""
     if is_server(run.recipe.judge):
         return server_reader(run)
-    folder, other = _folder(run), other_judge(run.recipe)
+    folder, other = judge_folder(run), other_judge(run.recipe)
     tokenizer = Tokenizer.load(other) if other else run.tokenizer
     engine = run.engine(run.sampled_model(folder), run.recipe.label.cache_gib, tokenizer=tokenizer)
     return run.reader(engine, run.hash(folder))
@@ -51,6 +51,7 @@ def server_figures(run: Run, reader: Reader) -> dict[str, Any]:
     return {"server": {name: sum(part[name] for part in parts) for name in sorted(set().union(*parts))}}
 
 
-def _folder(run: Run) -> Path:
+def judge_folder(run: Run) -> Path:
+    """The checkpoint of a judge that is on this machine."""
     other = other_judge(run.recipe)
     return other or (run.recipe.base if run.recipe.judge == "base" else run.path("finetune", "sl-cai"))

@@ -1,6 +1,6 @@
 """What stands in a run folder, read once each: recipe, manifests, records, constitutions, prompt files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,8 @@ from bylaw.model.checkpoint import check_model
 from bylaw.model.data import prompt_lines
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.recipe import EVERY_STAGE, Recipe, load_recipe
+from bylaw.recipe import EVERY_STAGE, Recipe, is_run, load_recipe
 from bylaw.sums import MANIFEST
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's."""
-    return (folder / "recipe.toml").is_file()
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,27 @@ class Ledger:
             if hash in self.constitutions:
                 return self.constitutions[hash]
         return load_constitution(self.recipe.constitution)
+
+    @cached_property
+    def as_made(self) -> Recipe:
+        """The recipe as the run was made by it: with the constitution and the examples that the run keeps, whatever has
+        become of their files since, and the folder where it lies now.
+        """
+        recipe, kept = self.recipe, self.constitution_path(self.constitution.hash)
+        shots = recipe.label.shots or recipe.revise.shots
+        return replace(
+            recipe,
+            out=self.run,
+            constitution=str(kept.absolute()) if kept.exists() else recipe.constitution,
+            examples=str(self.examples_path(self._examples).absolute()) if shots else recipe.examples,
+        )
+
+    @property
+    def _examples(self) -> str:
+        """The hash of the examples that the labels were made with, else of those of the chains; "" for none."""
+        of_chains = self.manifests.get("revise", {"inputs": {}})["inputs"].get("examples", "")
+        of_labels = (one["by"]["examples"] for one in self.preferences.values() if "examples" in one["by"])
+        return next(of_labels, of_chains)
 
     def constitution_path(self, hash: str) -> Path:
         return self.run / "constitutions" / f"{hash}.toml"

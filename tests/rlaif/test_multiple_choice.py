@@ -138,7 +138,7 @@ def test_a_question_that_does_not_fit_is_counted_and_told(make_model: Any, token
         engine, [Choice("long", "w1 " * 20, (" A", " B"), (0,)), Choice("1", "w1", (" A", " B"), (0,))]
     )
     found = measure_choices(answers)
-    assert (found["read"], found["abstained"]) == (1, {"longer than the judge's context": 1})
+    assert (found["read"], found["abstained"]) == (1, {"question longer than the judge's context": 1})
     assert measure_choices(answers[:1])["accuracy"] is None and "0 answered" in describe_choices(
         measure_choices(answers[:1])
     )

@@ -1,6 +1,7 @@
 """Labels by judges that are not the run's own: behind HTTP, and of another folder."""
 
 import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-from judge_server import KEY, QUICK, Body, Reply, completion_answer, reader, serving
+from judge_server import KEY, QUICK, Body, Reply, chat_answer, completion_answer, reader, serving
 from small_run import WORDS, tiny_llama, word_tokenizer, write_lines, write_run
 
+from bylaw.cli import main
 from bylaw.constitution.schema import Constitution
 from bylaw.inputs import Run
 from bylaw.model.checkpoint import checkpoint_hash, load_model, save_model
@@ -130,6 +132,37 @@ def test_a_recipe_with_a_judge_behind_http(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"stage label: the judge cannot be asked: .*connection failed"):
         run_pipeline(remote, ("label",))
     assert not (recipe.out / "label").exists()
+
+
+def test_the_servers_judge_of_a_run_on_questions_whose_answers_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is sure of A, which is right in one question of two."""
+    recipe = small_run(tmp_path)
+    questions = [{"id": str(n), "prompt": "which ?", "options": ["yes", "no"], "answer": n} for n in (0, 1)]
+    write_lines(tmp_path / "q.jsonl", questions)
+    write_lines(tmp_path / "three.jsonl", [questions[0] | {"options": ["a", "b", "c"]}])
+    with serving(lambda body: chat_answer({"A": math.log(0.9), "B": math.log(0.1)})) as server:
+        remote = dataclasses.replace(recipe, judge=server.url, judge_server=RemoteConfig(**QUICK))
+        run_pipeline(remote, ("label",))
+        capsys.readouterr()
+        server.seen.clear()
+        main(["judge", str(recipe.out), str(tmp_path / "q.jsonl"), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        asked = [body["messages"][-1]["content"] for _, body, _ in server.seen[1:]]
+        for arguments, message in (
+            (
+                [str(tmp_path / "three.jsonl")],
+                r"question '0' has the options [' (A)', ' (B)', ' (C)']; a server is asked",
+            ),
+            ([str(tmp_path / "q.jsonl"), "--by", "texts"], "a server tells log-probs of letters alone"),
+        ):
+            with pytest.raises(SystemExit):
+                main(["judge", str(recipe.out), *arguments])
+            assert message in capsys.readouterr().err
+    assert (found["accuracy"], found["read"], found["style"]) == (0.5, 2, "chat")
+    assert found["ece"] == pytest.approx(0.4) and found["option_mass"]["mean"] == pytest.approx(1.0)
+    assert len(asked) == 2 and all(one.endswith("The answer is: (") and "(B) no" in one for one in asked)
 
 
 def test_a_recipe_with_a_judge_of_another_folder_reads_with_its_own_tokenizer(tmp_path: Path) -> None:

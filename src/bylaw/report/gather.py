@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from bylaw.constitution.load import load_constitution, parse_constitution
 from bylaw.constitution.schema import Constitution
+from bylaw.judging import JUDGED, MEASURES
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, read_records
 from bylaw.recipe import EVERY_STAGE
 from bylaw.report.behaviour import summary_of
@@ -41,6 +42,8 @@ class RunFacts:
     chains: list[Record]
     preferences: list[Record]
     summary: Record
+    known: list[Record]
+    """What `bylaw judge` found of the run's judge, file by file."""
 
 
 def gather(folder: Path) -> RunFacts:
@@ -63,6 +66,7 @@ def gather(folder: Path) -> RunFacts:
         chains=chains,
         preferences=preferences,
         summary=summary_of(folder),
+        known=[read_object(path) for path in sorted((folder / JUDGED).glob(f"*/{MEASURES}"))],
     )
 
 

@@ -130,6 +130,7 @@ def judge(run: RunFacts, measured: Record) -> list[Panel]:
     bins = run.stages["reward"].counts.get("heldout_reliability")
     ece = run.stages["reward"].counts.get("heldout_ece")
     found = [_reliability("Reward model against labels", bins, ece), _label_reliability(run.summary)]
+    found += [_reliability(f"Judge on {one['file']}", one["reliability"], one["ece"]) for one in run.known]
     spread = [measured["position_bias"], measured["option_mass"]]
     found += [
         _bars("Position bias", spread[0], -0.5, "towards the answer shown first", BIAS_NOTE),
