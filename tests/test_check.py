@@ -86,7 +86,7 @@ def test_what_is_gone_or_nobodys_or_not_finished_is_told(run: Path, capsys: pyte
     (run / "ppo" / "rollouts.jsonl").write_text('{"iteration"')
     write_sums(run)
     found = check(run)
-    assert found.notes == ["stage ppo has begun and not finished: its 2 files are not checked"]
+    assert found.notes == ["ppo has begun and not finished: its 2 files are not checked"]
     assert not any("ppo" in problem for problem in found.problems)
 
 

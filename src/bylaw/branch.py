@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from bylaw.layout import MANIFEST, STATE
 from bylaw.model.records import write_atomic
-from bylaw.runs import MANIFEST, STATE
 
 
 def branch(source: Path, out: Path, stages: Sequence[str]) -> None:

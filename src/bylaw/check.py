@@ -8,11 +8,12 @@ from typing import Any
 from bylaw.check_records import check_records
 from bylaw.constitution.examples import load_examples
 from bylaw.constitution.schema import Constitution
+from bylaw.layout import RECIPE, SUMS
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record, sha256_file
 from bylaw.rlaif.config import is_server
 from bylaw.runs import output_hash
-from bylaw.sums import SUMS, files_of, open_files, read_sums, render_sums, unfinished
+from bylaw.sums import files_of, links_of, open_files, read_sums, render_sums, unfinished
 from bylaw.trace_text import visible
 
 _UPSTREAM = {
@@ -46,13 +47,13 @@ def check(run: Path) -> Findings:
     """Read everything in a run folder. Raises FileNotFoundError for what is no run folder."""
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such folder")
-    if not any((run / name).exists() for name in ("recipe.toml", SUMS)):  # one of them may be what was lost
-        raise FileNotFoundError(f"{run}: not a run folder (it has neither recipe.toml nor {SUMS})")
+    if not any((run / name).exists() for name in (RECIPE, SUMS)):  # one of them may be what was lost
+        raise FileNotFoundError(f"{run}: not a run folder (it has neither {RECIPE} nor {SUMS})")
     found = Findings(files=len(files_of(run)))
     found.problems += check_sums(run)
     for folder in unfinished(run):
         count = len([name for name in open_files(run) if name.startswith(f"{folder}/")])
-        found.notes.append(f"stage {folder} has begun and not finished: its {count} files are not checked")
+        found.notes.append(f"{folder} has begun and not finished: its {count} files are not checked")
     try:
         ledger = Ledger(run)
         hashes = _Hashes(run)
@@ -94,8 +95,10 @@ def check_sums(run: Path) -> Iterator[str]:
             yield f"{name} is gone"
         elif (now := sha256_file(run / name)) != hash:
             yield f"{name} was changed: its SHA-256 was {hash[:16]}..., and is {now[:16]}..."
+    for name in links_of(run):
+        yield f"{name} is a link, and what it leads to is no part of the run"
     for name in sorted(there - sums.keys()):
-        yield f"{name} is not in {SUMS}: bylaw did not write it, or was killed as it did; a stage run again adds it"
+        yield f"{name} is not in {SUMS}: bylaw did not write it, or was killed as it did; the same command run again adds it"
 
 
 class _Hashes:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bylaw.asks import Ask, read_asks
+from bylaw.layout import BEHAVIOUR, FOUND, is_run
 from bylaw.model.records import Record, encode_record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings, require
-from bylaw.recipe import is_run
 from bylaw.sums import write_sums_within
 from bylaw.trace_text import visible
 
@@ -43,7 +43,6 @@ RATES = (
 OF_A_RUN = {"base": "", "sl_cai": "finetune/sl-cai", "rl_cai": "ppo/rl-cai", "dpo_cai": "dpo/dpo-cai"}
 """The models of a run, in the order in which they are made."""
 MODELS = ("checkpoint", *OF_A_RUN)
-BEHAVIOUR, FOUND = "behaviour", "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)

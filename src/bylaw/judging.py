@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bylaw.layout import JUDGED, MEASURES, is_run
 from bylaw.model.records import Record, decode_record, encode_record, numbered_lines, sha256_file, write_atomic
 from bylaw.model.settings import require, require_cache, require_choices
-from bylaw.recipe import is_run
 from bylaw.rlaif.config import is_server
 from bylaw.sums import write_sums_within
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # torch stands behind these, and help is to be quick
     from bylaw.model.engine import Engine
     from bylaw.rlaif.reader import Reader
 
-JUDGED, MEASURES = "judge", "measures.json"
 LETTER_NEXT = "The answer is: ("
 """How the reply of a server's judge begins to a question that is put by letters."""
 

@@ -8,12 +8,12 @@ from typing import Any
 from bylaw.constitution.examples import beside
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution
+from bylaw.layout import MANIFEST, RECIPE, is_run
 from bylaw.model.checkpoint import check_model
 from bylaw.model.data import prompt_lines
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.recipe import EVERY_STAGE, Recipe, is_run, load_recipe
-from bylaw.sums import MANIFEST
+from bylaw.recipe import EVERY_STAGE, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Ledger:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return load_recipe(self.run / "recipe.toml")
+        return load_recipe(self.run / RECIPE)
 
     @cached_property
     def manifests(self) -> dict[str, Record]:

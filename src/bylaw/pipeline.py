@@ -73,7 +73,7 @@ def _begin(run: Run, stages: Sequence[str]) -> None:
     if (run.recipe.revise.shots or run.recipe.label.shots) and not shown.exists():
         write_atomic(shown, decode(run.examples_path.read_bytes(), str(run.examples_path)))
     write_atomic(out / "recipe.toml", dump_recipe(run.recipe))
-    write_sums(out, "recipe.toml")
+    write_sums(out, "recipe.toml", lacking=(used, shown.relative_to(out).as_posix()))
 
 
 def run_revise(run: Run) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from bylaw.inputs import Run
 from bylaw.judges import other_judge, server_reader
+from bylaw.layout import MANIFEST
 from bylaw.model.checkpoint import check_model, check_tokenizer, reward_extras
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine
@@ -24,7 +25,7 @@ from bylaw.rlaif.direct import mark_ids
 from bylaw.rlaif.judge import check_judging, judging_reserve
 from bylaw.rlaif.pairs import is_heldout, read_helpful
 from bylaw.rlaif.reader import OPTIONS
-from bylaw.runs import MANIFEST, check_terms, is_begun
+from bylaw.runs import check_terms, is_begun
 
 
 @dataclass(frozen=True)

@@ -150,11 +150,6 @@ def load_recipe(path: Path) -> Recipe:
     return _read(Recipe, _anchored(table, path.parent.absolute()), str(path))
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's: it keeps its recipe."""
-    return (folder / "recipe.toml").is_file()
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML, every setting spelled out and every path absolute: `load_recipe` reads the same recipe back,
     wherever the file lies.

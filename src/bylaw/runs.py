@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bylaw.layout import BEGUN, MANIFEST, STATE
 from bylaw.model.checkpoint import checkpoint_hash
 from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import sha256_file, write_atomic
-from bylaw.sums import BEGUN, MANIFEST, STATE, write_sums
+from bylaw.sums import write_sums
 from bylaw.together import by_first
 
 OWN_FILES = (BEGUN, MANIFEST, STATE)
@@ -63,7 +64,9 @@ def _done_before(stage: Stage) -> dict[str, Any] | None:
     manifest = json.loads(finished.read_text())
     _check_outputs(stage.folder, manifest["outputs"])
     _forget_state(stage)
-    write_sums(stage.folder.parent)  # a kill may have come between the manifest and its sums
+    # A kill may have come between the manifest and its sums.
+    made = [f"{stage.folder.name}/{name}" for name in (BEGUN, MANIFEST, *manifest["outputs"])]
+    write_sums(stage.folder.parent, lacking=made)
     print(f"{stage.name}: done before, in {stage.folder}")
     return manifest
 

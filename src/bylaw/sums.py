@@ -2,23 +2,25 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
+from bylaw.layout import BEGUN, MANIFEST, STATE, SUMS, begun_beside
 from bylaw.model.records import sha256_file, write_atomic
+from bylaw.recipe import EVERY_STAGE
 
-SUMS = "SHA256SUMS"
-BEGUN, MANIFEST, STATE = "begun.json", "manifest.json", "state"
 _LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # those of GNU coreutils: a line that has some begins with \
 
 
-def write_sums(run: Path, *written: str) -> None:
-    """Bring SHA256SUMS up to date. `written` names the files and folders in `run` that the caller has just written.
+def write_sums(run: Path, *written: str, lacking: Collection[str] = ()) -> None:
+    """Bring SHA256SUMS up to date. `written` names the files and folders in `run` that the caller has just written;
+    `lacking` those that it vouches for, in case a kill came before their lines.
 
-    Those are hashed, and so is what has no line yet. Every other line stays as it is: hashed anew, a file that was
-    spoiled since would pass for sound, and large checkpoints would be read after every stage. Lines of a folder that is
-    gone, or begun anew, go with it. The file is left alone when it would not change.
+    Those are hashed, and nothing else: hashed anew, a file that was spoiled since, or that somebody put there, would
+    pass for sound, and large checkpoints would be read after every stage. Lines of a folder that is gone, or begun
+    anew, go with it. A run without a SHA256SUMS has all its files taken as they are. The file is left alone when it
+    would not change.
 
     Raises ValueError for a SHA256SUMS that cannot be read.
     """
@@ -26,9 +28,11 @@ def write_sums(run: Path, *written: str) -> None:
     old = {name: hash for name, hash in read_sums(run).items() if not _within(name, dropped)}
     # A file that is gone from a folder that is there keeps its line, so that it is missed.
     closed = {name: hash for name, hash in old.items() if "/" not in name or (run / name.split("/")[0]).exists()}
-    fresh = {name: sha256_file(run / name) for name in files_of(run) if name not in closed}
-    text = render_sums(closed | fresh)
-    if not (run / SUMS).exists() or (run / SUMS).read_bytes() != text.encode():
+    everything = not (run / SUMS).exists()
+    missing = [name for name in lacking if name not in closed]
+    wanted = [name for name in files_of(run) if everything or _within(name, [*written, *missing])]
+    text = render_sums(closed | {name: sha256_file(run / name) for name in wanted})
+    if everything or (run / SUMS).read_bytes() != text.encode():
         write_atomic(run / SUMS, text)
 
 
@@ -64,34 +68,45 @@ def render_sums(sums: Mapping[str, str]) -> str:
 
 
 def files_of(run: Path) -> list[str]:
-    """The files that SHA256SUMS covers, as names relative to `run`: all but itself, hidden ones, training states, and
-    those of stages that have not finished.
+    """The files that SHA256SUMS covers, as names relative to `run`: all but itself, hidden ones, and those of what has
+    not finished.
     """
-    open_stages = unfinished(run)
-    return [name for name in _all_files(run) if not _within(name, open_stages)]
+    still_open = unfinished(run)
+    return [name for name in _all_files(run) if not _within(name, still_open)]
 
 
 def unfinished(run: Path) -> list[str]:
-    """The folders of stages that have begun and not finished."""
-    begun = [name for name in _all_files(run) if PurePosixPath(name).name == BEGUN]
-    folders = [str(PurePosixPath(name).parent) for name in begun]
-    return [folder for folder in folders if not (run / folder / MANIFEST).exists()]
+    """The folders of stages, evaluations, judgements and amendments that have begun and not finished."""
+    begun = [name for name in EVERY_STAGE if (run / name / BEGUN).exists()]
+    return [name for name in begun if not (run / name / MANIFEST).exists()] + begun_beside(run)
 
 
 def open_files(run: Path) -> list[str]:
-    """The files of stages that have not finished."""
-    open_stages = unfinished(run)
-    return [name for name in _all_files(run) if _within(name, open_stages)]
+    """The files of what has not finished."""
+    still_open = unfinished(run)
+    return [name for name in _all_files(run) if _within(name, still_open)]
+
+
+def links_of(run: Path) -> list[str]:
+    """Links to folders, and links that lead nowhere: what they lead to is no part of a run."""
+    found = [path for folder, folders, files in _walk(run) for path in (Path(folder, one) for one in folders + files)]
+    return sorted(path.relative_to(run).as_posix() for path in found if path.is_symlink() and not path.is_file())
 
 
 def _all_files(run: Path) -> list[str]:
-    found = []
+    paths = [Path(folder, name) for folder, _, files in _walk(run) for name in files]
+    names = [path.relative_to(run).as_posix() for path in paths if path.is_file()]
+    return sorted(name for name in names if name != SUMS)
+
+
+def _walk(run: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Folders with their folders and files, without what is hidden and without the training state of a stage that is
+    at work.
+    """
     for folder, folders, files in os.walk(run):
-        skipped = {STATE} if BEGUN in files else set()
+        skipped = {STATE} if BEGUN in files and MANIFEST not in files else set()
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
-        paths = [Path(folder, name) for name in files if not name.startswith(".")]
-        found += [path.relative_to(run).as_posix() for path in paths if path.is_file()]
-    return sorted(name for name in found if name != SUMS)
+        yield folder, folders, [name for name in files if not name.startswith(".")]
 
 
 def _within(name: str, places: Collection[str]) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bylaw.evaluation import BEHAVIOUR, FOUND, OF_A_RUN
+from bylaw.evaluation import OF_A_RUN
+from bylaw.layout import BEHAVIOUR, FOUND
 from bylaw.model.records import Record, read_object
 
 LABELS = {"base": "Base", "sl_cai": "SL-CAI", "rl_cai": "RL-CAI", "dpo_cai": "DPO-CAI"}

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from bylaw.constitution.load import load_constitution, parse_constitution
 from bylaw.constitution.schema import Constitution
-from bylaw.judging import JUDGED, MEASURES
+from bylaw.layout import BEGUN, JUDGED, MANIFEST, MEASURES
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, read_records
 from bylaw.recipe import EVERY_STAGE
 from bylaw.report.behaviour import summary_of
-from bylaw.sums import BEGUN, MANIFEST
 
 State = Literal["finished", "begun", "absent"]
 
