@@ -1,18 +1,16 @@
 """What differs between two constitutions, as data and in words that a person reads."""
 
 import difflib
+import math
 import re
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from bylaw.constitution.render import fill
+from bylaw.constitution.asked import questions
 from bylaw.constitution.schema import STAGES, Constitution, Principle, Stage, Templates
 
-# The templates of a comparison; all others are for critiques and revisions.
-_OF_COMPARISON = ("question", "comparison", "answer_prefix", "thought_prefix", "rating", "rating_prefix")
-# Which own request of a principle stands in for which template.
-_OWN = {"critique": "critique", "revision": "revision", "question": "comparison"}
 _HEAD = ("name", "version", "license", "preamble")
 _COLUMNS = 100
 
@@ -41,11 +39,11 @@ class Diff:
     head: tuple[str, ...]
     reordered: bool
 
-    def touched(self, stage: Stage) -> tuple[str, ...]:
+    def touched(self, stage: Stage, used: Collection[str] | None = None) -> tuple[str, ...]:
         """Ids of the principles of which a model is asked something else in `stage`, or that only one of the two
-        uses there. Weights are not asked about: see `share`.
+        uses there; `used` are the templates that count (None: all). Weights are not asked about: see `share`.
         """
-        old, new = (_questions(constitution, stage) for constitution in (self.old, self.new))
+        old, new = (questions(constitution, stage, used) for constitution in (self.old, self.new))
         return tuple(id for id in old | new if old.get(id) != new.get(id))
 
     def share(self, stage: Stage, id: str) -> tuple[float, float]:
@@ -53,9 +51,10 @@ class Diff:
         return _share(self.old, stage, id), _share(self.new, stage, id)
 
     def reweighted(self, stage: Stage) -> tuple[str, ...]:
-        """Ids, used in `stage` by both, whose own weight differs."""
-        both = [change for change in self.changes if change.old and change.new and "weight" in change.fields]
-        return tuple(c.id for c in both if c.old and c.new and stage in c.old.stages and stage in c.new.stages)
+        """Ids, used in `stage` by both, whose own weight differs, and with it their part of the draws."""
+        both = [one.id for one in self.changes if one.old and one.new and "weight" in one.fields]
+        shares = {id: self.share(stage, id) for id in both}
+        return tuple(id for id, (was, now) in shares.items() if was and now and not math.isclose(was, now))
 
     @property
     def reaches_prompts(self) -> bool:
@@ -119,22 +118,6 @@ def _change(old: Principle | None, new: Principle) -> Change:
 
 def _unlike(one: object, two: object, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if getattr(one, name) != getattr(two, name))
-
-
-def _questions(constitution: Constitution, stage: Stage) -> dict[str, tuple[str, ...]]:
-    """Per principle of the stage, every text that asks about it there, with what is not its own left as {names}."""
-    templates = constitution.templates
-    names = [f.name for f in fields(Templates) if (f.name in _OF_COMPARISON) == (stage == "comparison")]
-    used = [principle for principle in constitution.principles if stage in principle.stages]
-    return {p.id: tuple(_asked(p, name, getattr(templates, name)) for name in names) for p in used}
-
-
-def _asked(principle: Principle, name: str, template: str) -> str:
-    if name.endswith("_prefix"):
-        return template
-    text = (getattr(principle, _OWN[name]) if name in _OWN else "") or template
-    open_names = {mark: f"{{{mark}}}" for mark in re.findall(r"\{(\w+)\}", text)}
-    return fill(text, open_names | {"statement": principle.statement, "title": principle.title})
 
 
 def _share(constitution: Constitution, stage: Stage, id: str) -> float:

@@ -214,7 +214,7 @@ def _comparison(table: Table, constitution: Constitution) -> ComparisonExample:
 
 
 def _check_principle(table: Table, named: str, constitution: Constitution, stage: Stage) -> None:
-    """One of another stage is refused: its text would reach prompts that `Constitution.stage_hash` leaves out."""
+    """One of another stage is refused: its text would reach prompts that `stage_hash` leaves out."""
     ids = [principle.id for principle in constitution.principles if stage in principle.stages]
     if ID.fullmatch(named) and named not in ids:
         raise table.error(

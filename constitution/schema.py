@@ -106,7 +106,7 @@ class Principle:
     @cached_property
     def hash(self) -> str:
         """16 hex digits of sha256 over all fields of the principle."""
-        return _digest(asdict(self))
+        return digest(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +133,6 @@ class Templates:
     """What the judge's reply to that begins with. No placeholders."""
 
 
-_TEXT = ("id", "title", "statement", "weight")
-_REACH: dict[Stage, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "critique": (("critique", "revision"), ("critique", "revision", "direct")),
-    "comparison": (
-        ("comparison",),
-        ("question", "comparison", "answer_prefix", "thought_prefix", "rating", "rating_prefix"),
-    ),
-}
-"""Of each stage: a principle's own requests, and the templates, that reach its prompts."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Constitution:
     """A named list of principles and the templates that render them."""
@@ -163,19 +152,7 @@ class Constitution:
 
         Name, version, licence and preamble reach no prompt and leave the hash as it is.
         """
-        return _digest({"principles": [asdict(p) for p in self.principles], "templates": asdict(self.templates)})
-
-    def stage_hash(self, stage: Stage) -> str:
-        """16 hex digits of sha256 over what reaches the prompts of `stage`: a change elsewhere leaves its output as it
-        was. ValueError as in `for_stage`.
-        """
-        fields, templates = _REACH[stage]
-        principles = [
-            {name: value for name, value in asdict(p).items() if name in (*_TEXT, *fields)}
-            for p in self.for_stage(stage)
-        ]
-        around = {name: text for name, text in asdict(self.templates).items() if name in templates}
-        return _digest({"principles": principles, "templates": around})
+        return digest({"principles": [asdict(p) for p in self.principles], "templates": asdict(self.templates)})
 
     def principle(self, id: str) -> Principle:
         """The principle of that id. ValueError, with the nearest id, when there is none."""
@@ -224,6 +201,7 @@ def suggestion(word: str, allowed: Collection[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _digest(content: object) -> str:
+def digest(content: object) -> str:
+    """16 hex digits of sha256 over JSON values, whatever the order of their keys."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,9 +14,12 @@ from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import Record, read_records
 from bylaw.rlaif.judge import ORDERS, Judge
 from bylaw.rlaif.label import preferences
+from bylaw.rlaif.trust import TIE
 
-TIE = 1e-9
+EXACT = 1e-9
 """As near to a half as this is neither side: sums of weights round."""
+MOVED = 0.05
+"""A label that an amendment moves by this is worth reading, whether it flips or not."""
 
 
 def relabel(
@@ -28,15 +31,7 @@ def relabel(
     orders). Untouched ones keep their readings to the bit. Raises ValueError where the two judges are not one reader
     with one configuration, or `before` is not what made the labels: then nothing can be carried over.
     """
-    if (before.reader.hash, before.config, before.seed) != (judge.reader.hash, judge.config, judge.seed):
-        raise ValueError("the labels were made by another judge, or by other settings; make them anew: bylaw label")
-    by = before.provenance()
-    if other := sorted({name for one in labelled for name in by if one["by"].get(name) != by[name]}):
-        raise ValueError(
-            f"the labels were made by another {', '.join(other)} than the recipe names now, so they cannot be amended; "
-            "put the old one back, or make the labels anew: bylaw label"
-        )
-    judge.check()
+    check_relabel(before, judge, labelled)
     kept = {one["id"]: carried(before, judge, one) for one in labelled}
 
     def work(chunk: Sequence[Record]) -> list[Record]:
@@ -50,6 +45,19 @@ def relabel(
         "asked": sum(map(bool, missing)),
         "questions": sum(map(len, missing)),
     }
+
+
+def check_relabel(before: Judge, judge: Judge, labelled: Sequence[Record]) -> None:
+    """The ValueErrors of `relabel`, before any work."""
+    if (before.reader.hash, before.config, before.seed) != (judge.reader.hash, judge.config, judge.seed):
+        raise ValueError("the labels were made by another judge, or by other settings; make them anew: bylaw label")
+    by = before.provenance()
+    if other := sorted({name for one in labelled for name in by if one["by"].get(name) != by[name]}):
+        raise ValueError(
+            f"the labels were made by another {', '.join(other)} than the recipe names now, so they cannot be amended; "
+            "put the old one back, or make the labels anew: bylaw label"
+        )
+    judge.check()
 
 
 def carried(before: Judge, judge: Judge, preference: Record) -> dict[str, dict[str, Any]]:
@@ -72,11 +80,45 @@ def flips(before: Sequence[Record], after: Sequence[Record]) -> list[dict[str, A
     return [_flip(old, new) for old, new in pairs if side(old["p_a"]) != side(new["p_a"])]
 
 
-def side(p_a: float | None) -> str:
-    """What a label says: a, b, tie, or abstained."""
+def moved(before: Sequence[Record], after: Sequence[Record]) -> list[dict[str, Any]]:
+    """The labels that flipped or moved by MOVED or more, the furthest first, as `flips` has them: most labels lie near
+    a half, where one crosses it by a hair and another moves far on its own side.
+    """
+    pairs = zip(before, after, strict=True)
+    found = [_flip(old, new) for old, new in pairs if side(old["p_a"]) != side(new["p_a"]) or _move(old, new) >= MOVED]
+    return sorted(found, key=lambda one: _move(one["before"], one["after"]), reverse=True)
+
+
+def movement(before: Sequence[Record], after: Sequence[Record]) -> dict[str, Any]:
+    """`firm_flips`: flips between labels that are no ties (rlaif/trust.py), or of an abstention; `moved`: labels that
+    moved by MOVED or more; `mean_change`: of p_a, over labels that stand on both sides, None without any.
+    """
+    pairs = list(zip(before, after, strict=True))
+    changes = [_move(old, new) for old, new in pairs if None not in (old["p_a"], new["p_a"])]
+    return {
+        "firm_flips": sum(_flips_firmly(old, new) for old, new in pairs),
+        "moved": sum(_move(old, new) >= MOVED for old, new in pairs),
+        "mean_change": sum(changes) / len(changes) if changes else None,
+    }
+
+
+def side(p_a: float | None, tie: float = EXACT) -> str:
+    """What a label says: a, b, tie (at most `tie` from a half), or abstained."""
     if p_a is None:
         return "abstained"
-    return "tie" if abs(p_a - 0.5) <= TIE else "a" if p_a > 0.5 else "b"
+    return "tie" if abs(p_a - 0.5) <= tie else "a" if p_a > 0.5 else "b"
+
+
+def _flips_firmly(old: Record, new: Record) -> bool:
+    sides = side(old["p_a"], TIE), side(new["p_a"], TIE)
+    return sides[0] != sides[1] and "tie" not in sides
+
+
+def _move(old: Record, new: Record) -> float:
+    """How far a label moved; one that began or ceased to abstain by as much as there is."""
+    if old["p_a"] is None or new["p_a"] is None:
+        return float(old["p_a"] is not new["p_a"])
+    return abs(new["p_a"] - old["p_a"])
 
 
 def pair_of(preference: Record) -> Record:

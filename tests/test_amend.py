@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_run import CONSTITUTION
@@ -16,6 +17,8 @@ from bylaw.constitution.load import parse_constitution
 from bylaw.model.records import read_records
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import AmendConfig, load_recipe
+from bylaw.rlaif.relabel import flips, moved, movement
+from bylaw.sums import write_sums
 
 JUDGED = CONSTITUTION.replace('id = "kind"', 'id = "kind"\ncomparison = "which is better ?"')
 REWORDED = CONSTITUTION.replace("it never hurts", "it hurts no neighbour")
@@ -78,15 +81,72 @@ def test_what_reaches_no_prompt_changes_nothing(run: Path, tmp_path: Path) -> No
         amend(run, new, AmendConfig(out=tmp_path / "again"))
 
 
-def test_the_labels_that_moved_most_are_shown_first() -> None:
-    sides = [{"p_a": p, "side": "a" if p > 0.5 else "b"} for p in (0.4999, 0.5001, 0.1, 0.9)]
-    asked = {"prompt": [{"role": "user", "content": "?"}], "a": "yes", "b": "no"}
-    small, large = ({"id": id, "before": sides[n], "after": sides[n + 1]} | asked for id, n in (("s", 0), ("l", 2)))
-    change = diff(*[parse_constitution(CONSTITUTION, "small")] * 2)
-    facts = {"comparisons": 2, "touched": 2, "asked": 2, "questions": 2, "flips": 2, "first_stage": None}
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (('title = "Care"', 'title = "Caring"'), None),
+        (('weight = 2.0', 'weight = 6.0'), "revise"),
+        (('[templates]', '[templates]\ndirect = "at once : {statement}"'), None),  # it is criticised first
+        (('[templates]', '[templates]\nrating = "{dialogue} {answer} {statement}"'), None),
+        (('[templates]', '[templates]\nthought_prefix = "yes"'), None),
+        (('question = "which keeps', 'question = "which better keeps'), "label"),
+    ],
+)  # fmt: skip
+def test_the_first_stage_is_the_first_that_is_asked_something_else(
+    run: Path, tmp_path: Path, change: tuple[str, str], first: str | None
+) -> None:
+    """As the recipe asks it: without marks, thoughts or direct revisions, their templates reach nothing."""
+    facts = amend(run, written(CONSTITUTION.replace(*change), tmp_path), AmendConfig())
+    assert facts["first_stage"] == first
+    assert bool(facts["chains"]["rounds"]) == (first == "revise") and bool(facts["asked"]) == (first is not None)
+
+
+def test_what_is_refused_leaves_the_run_as_it_was(run: Path, tmp_path: Path) -> None:
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("seed = 3", "seed = 4"))
+    write_sums(run, "recipe.toml")
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ValueError, match="the labels were made by another seed"):
+        amend(run, written(JUDGED, tmp_path), AmendConfig())
+    assert sorted(run.rglob("*")) == before and not check(run).problems
+
+
+def test_an_amendment_that_was_killed_is_a_note_until_it_is_gone_on_with(run: Path, tmp_path: Path) -> None:
+    sums = (run / "SHA256SUMS").read_bytes()
+    facts = amend(run, written(JUDGED, tmp_path), AmendConfig())
+    there = run / "amendments" / facts["to"]
+    (run / "SHA256SUMS").write_bytes(sums)  # as a kill midway leaves it all
+    (run / "constitutions" / f"{facts['to']}.toml").unlink()
+    (there / "amendment.json").unlink()
+    (there / "preferences.jsonl").write_bytes((there / "preferences.jsonl").read_bytes()[:-9])
+    found = check(run)
+    assert not found.problems and found.notes[0].startswith(f"amendments/{facts['to']} has begun and not finished")
+    assert amend(run, str(tmp_path / "new.toml"), AmendConfig()) == facts
+    assert check(run).notes == check(run).problems == []
+
+
+def label(id: str, p_a: float | None) -> dict[str, Any]:
+    texts = {"prompt_id": id, "prompt": [{"role": "user", "content": "?"}], "a": {"text": "yes"}, "b": {"text": "no"}}
+    return {"id": id, "p_a": p_a, "labels": []} | texts
+
+
+def test_labels_that_moved_are_told_beside_those_that_crossed_a_half_by_a_hair() -> None:
+    ids = ("hair", "far", "own side", "still", "fell silent")
+    before, after = (
+        [label(id, p) for id, p in zip(ids, values, strict=True)]
+        for values in ((0.499, 0.1, 0.6, 0.5, 0.7), (0.501, 0.9, 0.7, 0.51, None))
+    )
+    assert [one["id"] for one in flips(before, after)] == ["hair", "far", "still", "fell silent"]
+    assert [one["id"] for one in moved(before, after)] == ["fell silent", "far", "own side", "still", "hair"]
+    told = movement(before, after)
+    assert (told["firm_flips"], told["moved"]) == (2, 3)
+    assert told["mean_change"] == pytest.approx((0.002 + 0.8 + 0.1 + 0.01) / 4)
+    facts = {"comparisons": 5, "touched": 5, "asked": 5, "questions": 5, "flips": 4, "first_stage": None} | told
     facts["chains"] = {"rounds": 0, "of": 0, "chains": 0}
-    text = describe(change, facts, [small, large], Path("there"))
-    assert text.index("l: b (p(a) 0.1000) -> a (p(a) 0.9000)") < text.index("s: b (p(a) 0.4999)")
+    change = diff(*[parse_constitution(CONSTITUTION, "small")] * 2)
+    text = describe(change, facts, moved(before, after), Path("there"))
+    assert text.index("far: b (p(a) 0.1000) -> a (p(a) 0.9000)") < text.index("hair: b (p(a) 0.4990)")
+    assert "of them 2 from one side to the other by more than a tie (0.005)" in text
 
 
 def test_a_run_without_labels_is_refused(run: Path, tmp_path: Path) -> None:

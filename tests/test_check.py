@@ -12,6 +12,8 @@ import pytest
 
 from bylaw.check import check, check_sums, report
 from bylaw.cli import main
+from bylaw.constitution.asked import stage_hash
+from bylaw.ledger import Ledger
 from bylaw.runs import Stage, output_hash, run_stage
 from bylaw.sums import read_sums, write_sums
 
@@ -172,8 +174,9 @@ def test_ppo_that_a_judge_scored_is_sound(run: Path) -> None:
     path, label = run / "ppo" / "manifest.json", json.loads((run / "label" / "manifest.json").read_text())
     manifest = json.loads(path.read_text())
     del manifest["inputs"]["reward-model"]
-    judged = {key: label["inputs"][key] for key in ("judge", "constitution")} | {"judging": "all 4 0.006"}
-    for constitution, count in ((judged["constitution"], 0), ("0" * 16, 1)):
+    judged = {"judge": label["inputs"]["judge"], "judging": "all 4 0.006"}
+    asked = stage_hash(Ledger(run).constitution, "comparison", ("rating", "rating_prefix"))
+    for constitution, count in ((asked, 0), ("0" * 16, 1)):
         manifest["inputs"] |= judged | {"constitution": constitution}
         path.write_text(json.dumps(manifest))
         write_sums(run, "ppo")

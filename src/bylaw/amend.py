@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bylaw.branch import branch
+from bylaw.constitution.asked import stage_hash
 from bylaw.constitution.diff import Diff, describe_diff, diff
 from bylaw.constitution.examples import load_examples
 from bylaw.constitution.load import load_constitution
@@ -20,12 +21,14 @@ from bylaw.constitution.schema import Constitution, Stage
 from bylaw.constitution.write import dump_constitution
 from bylaw.inputs import Run
 from bylaw.judges import judge_reader
+from bylaw.layout import AMENDMENT, AMENDMENTS
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record, encode_record, read_object, read_records, sha256_file, write_atomic
 from bylaw.pipeline import run_pipeline
-from bylaw.recipe import EVERY_STAGE, AmendConfig, Recipe
+from bylaw.recipe import EVERY_STAGE, AmendConfig, Recipe, asked_at
 from bylaw.rlaif.judge import Judge
-from bylaw.rlaif.relabel import flips, relabel
+from bylaw.rlaif.relabel import MOVED, check_relabel, flips, moved, movement, relabel
+from bylaw.rlaif.trust import TIE
 from bylaw.runs import is_begun
 from bylaw.sl_cai.revise import drawn_principle
 from bylaw.sums import write_sums
@@ -37,67 +40,72 @@ PREFERENCES, FLIPS, OF = "preferences.jsonl", "flips.jsonl", "of.json"
 def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     """Compare, relabel, list and estimate; write it all to the run, print it, and retrain if asked; returns the facts.
 
-    Raises ValueError for a run whose labels are not finished, were made by other constitutions than it keeps or are not
-    those that an earlier call began with, for an amended constitution that a stage or the examples cannot go by, and
-    FileNotFoundError as `load_constitution` does.
+    Raises, before it writes anything, ValueError for a run whose labels are not finished, were made by other
+    constitutions than it keeps or are not those that an earlier call began with, for an amended constitution that a
+    stage or the examples cannot go by, and for a run to be made anew that would be the old one; FileNotFoundError as
+    `load_constitution` does.
     """
     ledger = Ledger(folder)
     amended, labelled = load_constitution(new), _labelled(ledger)
-    old = _constitution_of(ledger, labelled)
-    recipes = _recipes(ledger, config)
-    first = first_stage(diff(old, amended), _other_examples(recipes, (old, amended)))
-    there = folder / "amendments" / amended.hash
+    changes, recipes = diff(_constitution_of(ledger, labelled), amended), _recipes(ledger, new, config)
+    first = first_stage(changes, recipes[0], _other_examples(recipes, changes))
+    if config.out and first is None:
+        raise ValueError("the amendment reaches no prompt and no draw: there is nothing to make again")
+    before, after = _judges(recipes)
+    check_relabel(before, after, labelled)
+    there = folder / AMENDMENTS / amended.hash
+    shown = {"examples": after.examples.hash} if after.config.shots else {}
+    _begin(there, {"labels": sha256_file(folder / "label" / PREFERENCES)} | shown)
     kept = ledger.constitution_path(amended.hash)
     if not kept.exists():  # an equal one may stand there
         write_atomic(kept, dump_constitution(amended))
-    changes = diff(old, amended)
-    before, after = _judges(recipes, ledger.constitution_path(old.hash), kept)
-    shown = {"examples": after.examples.hash} if after.config.shots else {}
-    _begin(there, {"labels": sha256_file(folder / "label" / PREFERENCES)} | shown)
     found = relabel(before, after, labelled, there / PREFERENCES)
-    flipped = flips(labelled, read_records(there / PREFERENCES))
-    facts = {"from": old.hash, "to": amended.hash, "first_stage": first} | found
-    facts |= {"flips": len(flipped), "chains": _chains(ledger, old, amended), "by_principle": _leans(flipped)}
-    write_atomic(there / FLIPS, "".join(encode_record(one, FLIPS).decode() for one in flipped))
-    write_atomic(there / "amendment.json", json.dumps(facts, indent=2) + "\n")
-    write_sums(folder, f"amendments/{amended.hash}", f"constitutions/{kept.name}")
-    print(json.dumps(facts, indent=2) if config.json else describe(changes, facts, flipped, there))
+    facts = {"from": changes.old.hash, "to": amended.hash, "first_stage": first} | found
+    facts |= _tell(ledger, changes, labelled, there)
+    write_atomic(there / AMENDMENT, json.dumps(facts, indent=2) + "\n")
+    write_sums(folder, f"{AMENDMENTS}/{amended.hash}", f"constitutions/{kept.name}")
+    shown_first = moved(labelled, read_records(there / PREFERENCES))
+    print(json.dumps(facts, indent=2) if config.json else describe(changes, facts, shown_first, there))
     if config.out:
         _remake(recipes[1], config.out, there, kept, first)
     return facts
 
 
-def first_stage(changes: Diff, other_examples: Collection[Stage] = ()) -> str | None:
-    """The first stage of a run whose output an amendment can change; None if it reaches no prompt and no draw.
-    `other_examples`: where other examples are shown than before.
+def first_stage(changes: Diff, recipe: Recipe, other_examples: Collection[Stage] = ()) -> str | None:
+    """The first stage of a run by `recipe` whose output an amendment can change; None if it reaches no prompt and no
+    draw. `other_examples`: where other examples are shown than before.
     """
-    reached: tuple[tuple[Stage, str], ...] = (("critique", "revise"), ("comparison", "label"))
-    for stage, name in reached:
-        if changes.old.stage_hash(stage) != changes.new.stage_hash(stage) or stage in other_examples:
+    for name in [one for one in recipe.stages if one in ("revise", "label")]:
+        stage, used = asked_at(recipe, name)
+        old, new = (stage_hash(one, stage, used) for one in (changes.old, changes.new))
+        if old != new or stage in other_examples:
             return name
     return None
 
 
-def describe(changes: Diff, facts: dict[str, Any], flipped: Sequence[Record], there: Path) -> str:
-    """As a person reads it: the change, what it reaches, and the labels that flipped, those that moved most first."""
-    chains = facts["chains"]
+def describe(changes: Diff, facts: dict[str, Any], shown: Sequence[Record], there: Path) -> str:
+    """As a person reads it: the change, what it reaches, and the labels that flipped or moved, the furthest first."""
+    chains, change = facts["chains"], facts["mean_change"]
     lines = [
         describe_diff(changes),
         f"comparisons: {facts['comparisons']}, of them {facts['touched']} touched and {facts['asked']} asked anew "
         f"({facts['questions']} questions, each in both orders)",
-        f"labels that flipped: {facts['flips']} of {facts['comparisons']}",
+        f"labels that flipped: {facts['flips']} of {facts['comparisons']}, of them {facts['firm_flips']} from one side "
+        f"to the other by more than a tie ({TIE:g}); labels that moved by {MOVED:g} or more: {facts['moved']}; mean "
+        f"change {'none' if change is None else format(change, '.4f')}",
         f"critiques: {chains['rounds']} of {chains['of']} rounds, in {chains['chains']} chains, would follow another "
         "principle, or the same in other words",
         f"first stage to be made again: {facts['first_stage'] or 'none'}",
         "",
     ]
-    lines += [_describe_flip(one) for one in sorted(flipped, key=_moved, reverse=True)[:SHOWN]]
-    rest = len(flipped) - SHOWN
-    more = f"{rest} more, which moved less: {there / FLIPS}" if rest > 0 else f"Kept in {there}"
+    lines += [_describe_move(one) for one in shown[:SHOWN]]
+    rest = len(shown) - SHOWN
+    more = f"{rest} more, which moved less. " if rest > 0 else ""
+    more += f"Every flip: {there / FLIPS}; every label: {there / PREFERENCES}"
     return "\n".join([*lines, more])
 
 
-def _describe_flip(flip: Record) -> str:
+def _describe_move(flip: Record) -> str:
     before, after = flip["before"], flip["after"]
     return "\n".join(
         [
@@ -108,12 +116,6 @@ def _describe_flip(flip: Record) -> str:
             "",
         ]
     )
-
-
-def _moved(flip: Record) -> float:
-    """How far the label moved; one that began or ceased to abstain comes first."""
-    before, after = flip["before"]["p_a"], flip["after"]["p_a"]
-    return 1.0 if None in (before, after) else abs(after - before)
 
 
 def _said(one: Record) -> str:
@@ -142,26 +144,26 @@ def _begin(there: Path, of: dict[str, str]) -> None:
     write_atomic(there / OF, json.dumps(of) + "\n")
 
 
-def _recipes(ledger: Ledger, config: AmendConfig) -> tuple[Recipe, Recipe]:
+def _recipes(ledger: Ledger, new: str, config: AmendConfig) -> tuple[Recipe, Recipe]:
     """The run's recipe as it was made, and the one to amend it by. ValueError for an output folder that is the run's
     own.
     """
     if config.out and config.out.resolve() == ledger.run.resolve():
         raise ValueError(f"out = {config.out} is the run itself; allowed: another folder, for the run made anew")
     before = ledger.as_made
-    return before, replace(before, examples=config.examples or before.examples)
+    return before, replace(before, constitution=new, examples=config.examples or before.examples)
 
 
-def _other_examples(recipes: tuple[Recipe, Recipe], constitutions: tuple[Constitution, Constitution]) -> list[Stage]:
+def _other_examples(recipes: tuple[Recipe, Recipe], changes: Diff) -> list[Stage]:
     """The stages that show examples, if the two recipes have different ones. ValueError, before any work, for a file
     whose examples go by a principle that is no more.
     """
     shots: dict[Stage, int] = {"critique": recipes[0].revise.shots, "comparison": recipes[0].label.shots}
     if not any(shots.values()):
         return []
-    old = load_examples(recipes[0].examples, constitutions[0]).hash
+    old = load_examples(recipes[0].examples, changes.old).hash
     try:
-        new = load_examples(recipes[1].examples, constitutions[1]).hash
+        new = load_examples(recipes[1].examples, changes.new).hash
     except ValueError as error:
         raise ValueError(f"{error}; examples for the amended constitution are given as --examples FILE") from None
     return [stage for stage, count in shots.items() if count and old != new]
@@ -177,9 +179,9 @@ def _constitution_of(ledger: Ledger, labelled: Sequence[Record]) -> Constitution
     return ledger.constitutions[hashes.pop()]
 
 
-def _judges(recipes: tuple[Recipe, Recipe], old: Path, new: Path) -> tuple[Judge, Judge]:
+def _judges(recipes: tuple[Recipe, Recipe]) -> tuple[Judge, Judge]:
     """The judge of the run's labels, and the same one with the amended constitution."""
-    runs = [Run(replace(one, constitution=str(path))) for one, path in zip(recipes, (old, new), strict=True)]
+    runs = [Run(one) for one in recipes]
     reader = judge_reader(runs[0])
     before, after = runs[0].judge(reader), runs[1].constitution
     if after.templates.answer_prefix != before.constitution.templates.answer_prefix:  # another token may come next
@@ -187,10 +189,20 @@ def _judges(recipes: tuple[Recipe, Recipe], old: Path, new: Path) -> tuple[Judge
     return before, replace(before, constitution=after, examples=runs[1].examples, reader=reader)
 
 
-def _chains(ledger: Ledger, old: Constitution, new: Constitution) -> dict[str, int]:
+def _tell(ledger: Ledger, changes: Diff, labelled: Sequence[Record], there: Path) -> dict[str, Any]:
+    """What the new labels come to; the flips are written."""
+    after = read_records(there / PREFERENCES)
+    flipped = flips(labelled, after)
+    facts = {"flips": len(flipped)} | movement(labelled, after)
+    facts |= {"chains": _chains(ledger, changes), "by_principle": _leans(flipped)}
+    write_atomic(there / FLIPS, "".join(encode_record(one, FLIPS).decode() for one in flipped))
+    return facts
+
+
+def _chains(ledger: Ledger, changes: Diff) -> dict[str, int]:
     """How many rounds of critique would be drawn otherwise, or say something else, and in how many chains."""
-    seed, touched, chains = ledger.recipe.seed, 0, 0
-    reworded = set(diff(old, new).touched("critique"))
+    new, seed, touched, chains = changes.new, ledger.recipe.seed, 0, 0
+    reworded = set(changes.touched(*asked_at(ledger.recipe, "revise")))
     for chain in ledger.chains.values():
         count = 0
         for round in chain["rounds"]:
@@ -214,8 +226,7 @@ def _remake(recipe: Recipe, out: Path, there: Path, constitution: Path, first: s
     """A run by the amended constitution: stages that it does not reach are copied, and so are the labels if all before
     them is.
     """
-    if first is None:
-        raise ValueError("the amendment reaches no prompt and no draw: there is nothing to make again")
+    assert first is not None
     ahead = EVERY_STAGE[: EVERY_STAGE.index(first)]
     branch(recipe.out, out, [name for name in recipe.stages if name in ahead])
     if first == "label" and not is_begun(out / "label"):

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from bylaw.check_records import check_records
+from bylaw.constitution.asked import stage_hash
 from bylaw.constitution.examples import load_examples
 from bylaw.constitution.schema import Constitution
 from bylaw.layout import RECIPE, SUMS
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record, sha256_file
+from bylaw.recipe import asked_at
 from bylaw.rlaif.config import is_server
 from bylaw.runs import output_hash
 from bylaw.sums import files_of, links_of, open_files, read_sums, render_sums, unfinished
@@ -25,8 +27,6 @@ _UPSTREAM = {
     "dpo": {"preferences": "label/preferences.jsonl", "sl-cai": "finetune/sl-cai"},
 }
 """What a stage reads of the stages before it."""
-_DRAWN_BY = {"revise": "critique", "label": "comparison", "ppo": "comparison"}
-"""What of the constitution reaches a stage's prompts; PPO has some where the judge gives its rewards."""
 _SETTINGS = ("limits", "judging")
 """Inputs that are settings of the recipe, and no hashes."""
 
@@ -128,7 +128,7 @@ def _check_stage(ledger: Ledger, name: str, manifest: Record, hashes: _Hashes, f
             if hashes.of(Path(known[input])) != hash:
                 found.problems.append(f"stage {name} was made from another {known[input]} ({hash[:16]}...)")
         elif input == "constitution":
-            hashes_there = {_stage_hash(one, name) for one in ledger.constitutions.values()}
+            hashes_there = {_asked(ledger, one, name) for one in ledger.constitutions.values()}
             if hash not in hashes_there:
                 found.problems.append(f"stage {name} went by a constitution ({hash}) that is not in constitutions/")
         elif input in _OUTSIDE:
@@ -141,9 +141,9 @@ def _check_stage(ledger: Ledger, name: str, manifest: Record, hashes: _Hashes, f
             found.notes.append(f"stage {name}: its input {input!r} is not one that this check knows")
 
 
-def _stage_hash(constitution: Any, stage: str) -> str | None:
+def _asked(ledger: Ledger, constitution: Constitution, name: str) -> str | None:
     try:
-        return constitution.stage_hash(_DRAWN_BY[stage])
+        return stage_hash(constitution, *asked_at(ledger.recipe, name))
     except ValueError:  # it has no principle for the stage, so it was another's
         return None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bylaw.constitution.asked import stage_hash
 from bylaw.constitution.examples import Examples, beside, load_examples
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution
@@ -22,7 +23,7 @@ from bylaw.model.sampler import Sampler
 from bylaw.model.settings import SamplingSettings
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
-from bylaw.recipe import TRAINING, Recipe, as_table
+from bylaw.recipe import TRAINING, Recipe, as_table, asked_at
 from bylaw.rlaif.judge import Judge
 from bylaw.rlaif.reader import LocalReader, Reader
 from bylaw.runs import Stage, run_stage
@@ -40,6 +41,10 @@ class Run:
     @cached_property
     def constitution(self) -> Constitution:
         return load_constitution(self.recipe.constitution)
+
+    def asked(self, stage: str) -> str:
+        """The hash of all that the constitution has models asked in a stage."""
+        return stage_hash(self.constitution, *asked_at(self.recipe, stage))
 
     @cached_property
     def examples(self) -> Examples:

@@ -78,7 +78,7 @@ def _begin(run: Run, stages: Sequence[str]) -> None:
 
 def run_revise(run: Run) -> dict[str, Any]:
     recipe = run.recipe
-    inputs = {"base": run.hash(recipe.base), "constitution": run.constitution.stage_hash("critique")}
+    inputs = {"base": run.hash(recipe.base), "constitution": run.asked("revise")}
     inputs |= run.prompt_inputs | ({"examples": run.examples.hash} if recipe.revise.shots else {})
 
     def work(folder: Path) -> dict[str, Any]:
@@ -133,8 +133,7 @@ def run_compare(run: Run) -> dict[str, Any]:
 def run_label(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     pairs = run.path("compare", "pairs.jsonl")
-    asked = run.constitution.stage_hash("comparison")
-    inputs = {"judge": judge_hash(run), "constitution": asked, "pairs": sha256_file(pairs)}
+    inputs = {"judge": judge_hash(run), "constitution": run.asked("label"), "pairs": sha256_file(pairs)}
     inputs |= {"examples": run.examples.hash} if recipe.label.shots else {}
     if recipe.label.helpful_principle:  # which pairs it judges
         inputs["helpful"] = run.prompt_inputs.get("helpful", "")
@@ -196,7 +195,7 @@ def run_ppo(run: Run) -> dict[str, Any]:
 def _scorer_inputs(run: Run, scorer: Path | None) -> dict[str, str]:
     """What decides the scores of PPO: the reward model, or the judge and how it is asked."""
     if scorer is None:
-        config, asked = run.recipe.label, run.constitution.stage_hash("comparison")
+        config, asked = run.recipe.label, run.asked("ppo")
         judging = f"{config.principles} {config.some} {config.min_option_mass} {config.helpful_principle}".strip()
         return {"judge": judge_hash(run), "constitution": asked, "judging": judging}
     adapter = {"adapter": folder_hash(scorer.with_name(FOLDER))} if run.recipe.lora.rank else {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from bylaw.constitution.schema import Stage
 from bylaw.model.lora_settings import LoraSettings
 from bylaw.model.settings import require
 from bylaw.rlaif.config import (
@@ -133,6 +134,16 @@ class AmendConfig:
     """
     json: bool = False
     """Print JSON instead of text."""
+
+
+def asked_at(recipe: Recipe, stage: str) -> tuple[Stage, tuple[str, ...]]:
+    """What of a constitution reaches the prompts of a pipeline stage: principles for which use, and which templates."""
+    if stage == "revise":
+        return "critique", ("critique", "revision") if recipe.revise.critiques else ("direct",)
+    if stage == "ppo":  # where the judge gives marks
+        return "comparison", ("rating", "rating_prefix")
+    thinks = ("thought_prefix",) if recipe.label.thoughts else ()
+    return "comparison", ("question", "comparison", "answer_prefix", *thinks)
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from bylaw.constitution.asked import stage_hash
 from bylaw.constitution.diff import describe_diff, diff, mark_words
 from bylaw.constitution.load import parse_constitution
 from bylaw.constitution.schema import STAGES, Constitution, Stage, Templates
@@ -159,4 +160,4 @@ def test_templates_belong_to_the_stage_whose_hash_they_change(name: str, stage: 
     own = replace(OLD.principles[0], critique="", revision="", comparison="")
     plain = replace(OLD, principles=(own,))
     new = replace(plain, templates=replace(plain.templates, **{name: f"{getattr(plain.templates, name)} More."}))
-    assert bool(diff(plain, new).touched(stage)) == (plain.stage_hash(stage) != new.stage_hash(stage))
+    assert bool(diff(plain, new).touched(stage)) == (stage_hash(plain, stage) != stage_hash(new, stage))

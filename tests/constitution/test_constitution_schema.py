@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from bylaw.constitution import Constitution, Principle, Templates, draw, parse_constitution
+from bylaw.constitution.asked import stage_hash
 
 
 def principle(id: str = "calm", **changes: object) -> Principle:
@@ -154,13 +155,30 @@ def test_stage_hash_knows_what_reaches_its_prompts() -> None:
     for field, value in same:
         changed = constitution(principle("a", **{field: value}), plain.principles[1])
         assert changed.hash != plain.hash
-        assert changed.stage_hash("critique") == plain.stage_hash("critique")
+        assert stage_hash(changed, "critique") == stage_hash(plain, "critique")
     reworded = constitution(principle("a"), principle("b", stages=("comparison",), statement="Other."))
-    assert reworded.stage_hash("critique") == plain.stage_hash("critique")
-    assert reworded.stage_hash("comparison") != plain.stage_hash("comparison")
+    assert stage_hash(reworded, "critique") == stage_hash(plain, "critique")
+    assert stage_hash(reworded, "comparison") != stage_hash(plain, "comparison")
     retold = replace(plain, templates=Templates(direct="{statement}"))
-    assert retold.stage_hash("critique") != plain.stage_hash("critique")
-    assert retold.stage_hash("comparison") == plain.stage_hash("comparison")
+    assert stage_hash(retold, "critique") != stage_hash(plain, "critique")
+    assert stage_hash(retold, "comparison") == stage_hash(plain, "comparison")
+    used = ("critique", "revision")
+    assert stage_hash(retold, "critique", used) == stage_hash(plain, "critique", used) != stage_hash(plain, "critique")
+
+
+def test_what_changes_no_prompt_and_no_draw_leaves_the_stage_hash() -> None:
+    plain = constitution(principle("a", weight=1.0), principle("b", weight=3.0))
+    retitled = constitution(principle("a", weight=1.0, title="Other"), plain.principles[1])
+    thrice = constitution(principle("a", weight=3.0), principle("b", weight=9.0))
+    for one in (retitled, thrice, constitution(*plain.principles[::-1])):
+        assert one.hash != plain.hash and stage_hash(one, "comparison") == stage_hash(plain, "comparison")
+    shows = Templates(question="{title}: {statement}")
+    first, second = (stage_hash(replace(one, templates=shows), "comparison") for one in (plain, retitled))
+    assert first != second
+    twice = constitution(principle("a", weight=2.0), plain.principles[1])
+    assert stage_hash(twice, "comparison") != stage_hash(plain, "comparison")
+    renamed = constitution(principle("c", weight=1.0), plain.principles[1])
+    assert stage_hash(renamed, "comparison") != stage_hash(plain, "comparison")  # draws are keyed by ids
 
 
 @pytest.mark.parametrize("u", [1.0, -0.001, math.nan, math.inf])
