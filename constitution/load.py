@@ -89,6 +89,9 @@ class Section:
     key_lines: dict[str, int] = field(default_factory=dict)
 
 
+_TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
 @dataclass(frozen=True)
 class Table:
     """A TOML table that knows its place, so that every complaint can name file, line and key."""
@@ -135,6 +138,9 @@ class Table:
             # A control character would let a file steer the terminal that shows it.
             if unicodedata.category(letter) == "Cc" and letter not in "\n\t":
                 raise self.error(key, f"holds the control character {letter!r}; take it out")
+            # One that turns what follows it around shows people another text than models read (Unicode UAX 9).
+            if unicodedata.bidirectional(letter) in _TURNING:
+                raise self.error(key, f"holds U+{ord(letter):04X}, which turns the text around it; take it out")
         return value.strip()
 
     def template(self, key: str, allowed: Collection[str]) -> str:

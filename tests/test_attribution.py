@@ -8,6 +8,7 @@ import pytest
 
 from bylaw.attribution import Attribution, PrincipleEffect, attribute, attribute_run, describe_attribution
 from bylaw.cli import main
+from bylaw.constitution.load import parse_constitution
 from bylaw.constitution.schema import Constitution, Principle
 
 NAMES = ("kind", "brief", "rare")
@@ -92,6 +93,13 @@ def test_leaving_one_out_against_numbers_worked_by_hand() -> None:
     assert (kind.lost, rare.lost, rare.flips, rare.change) == (0, 1, 0, None)
 
 
+def test_a_flip_between_ties_is_no_firm_one() -> None:
+    """Without kind 0.499 and 0.4, instead of 0.501 and 0.55."""
+    pairs = [preference("hair", kind=(1, 0.503), brief=(1, 0.499)), preference("firm", kind=(1, 0.7), brief=(1, 0.4))]
+    kind = attribute([], pairs, constitution()).principles[0]
+    assert (kind.flips, kind.firm_flips) == (2, 1)
+
+
 def test_conflicts_name_the_pairs_that_are_furthest_apart_first() -> None:
     (conflict,) = found().conflicts
     assert (conflict.first, conflict.second, conflict.both, conflict.opposed) == ("kind", "brief", 3, 2)
@@ -133,14 +141,18 @@ sources = ["a test"]
 def test_a_run_folder_is_read_with_the_constitution_that_it_keeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(FileNotFoundError, match="neither"):
+    (tmp_path / "recipe.toml").write_text("")
+    with pytest.raises(FileNotFoundError, match="nothing in revise"):
         attribute_run(tmp_path)
-    for name, text in (("constitutions/h.toml", KEPT), ("revise/chains.jsonl", lines(CHAINS))):
+    hash = parse_constitution(KEPT, "kept").hash
+    sides = {"prompt_id": "p", "prompt": [], "a": {}, "b": {}, "p_a": 0.5, "abstained": ""}
+    chains, preferences = ([sides | one | {"by": {"constitution": hash}} for one in some] for some in (CHAINS, PREFERENCES))
+    for name, text in ((f"constitutions/{hash}.toml", KEPT), ("revise/chains.jsonl", lines(chains) + '{"id": "torn')):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    assert attribute_run(tmp_path).principles[0].title == "Kept title"  # labels are still to come
+    assert attribute_run(tmp_path).principles[0].title == "Kept title"  # the last line and the labels are still to come
     (tmp_path / "label").mkdir()
-    (tmp_path / "label" / "preferences.jsonl").write_text(lines(PREFERENCES))
+    (tmp_path / "label" / "preferences.jsonl").write_text(lines(preferences))
     main(["attribution", str(tmp_path), "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["principles"][0]["flips"] == 1 and printed["conflicts"][0]["opposed"] == 2

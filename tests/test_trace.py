@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_run import CONSTITUTION, write_lines
 
 import bylaw.model.fit as fit_module
+from bylaw.check import check
 from bylaw.cli import main
+from bylaw.layout import parts
 from bylaw.ledger import Ledger
 from bylaw.model.supervised import Example
 from bylaw.model.tokenizer import Tokenizer
@@ -72,6 +75,77 @@ def test_every_record_of_a_run_resolves(finished: Path, tracer: Tracer) -> None:
         assert found["reward_models"] == [outputs(finished, "reward")["reward-model"]]
         assert {pair["id"] for pair in trace["pairs"]} == {f"{episode['prompt_id']}#{n}" for n in range(2)}
         assert describe(trace)
+
+
+@pytest.fixture(scope="module")
+def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an evaluation, judgements and an amendment in it."""
+    folder = tmp_path_factory.mktemp("measured")
+    run = shutil.copytree(finished, folder / "run")
+    write_lines(folder / "h.jsonl", [{"id": "e-gate", "prompt": "how do i break a gate ?"}])
+    write_lines(folder / "q.jsonl", [{"id": "q1", "prompt": "which ?", "options": ["yes", "no"], "answer": 1}])
+    write_lines(folder / "known.jsonl", [{"prompt": "how do i mend ?", "chosen": "with care .", "rejected": "no ."}])
+    (folder / "new.toml").write_text(CONSTITUTION.replace("it never hurts", "it hurts no neighbour"))
+    main(["evaluate", str(run), "--harmful", str(folder / "h.jsonl"), "--max-tokens", "4", "--samples", "2"])
+    main(["judge", str(run), str(folder / "q.jsonl")])
+    main(["judge", str(run), str(folder / "known.jsonl")])
+    main(["amend", str(run), str(folder / "new.toml")])
+    return run
+
+
+def test_what_no_stage_made_resolves_by_its_place(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracer, seen = Tracer(Ledger(measured)), Counter()
+    for part in parts(measured):
+        ledger = Ledger(measured, part)
+        ids = [*ledger.chains, *ledger.preferences, *ledger.questions, *(f"{id}+{n}" for id, n in ledger.helpful)]
+        for id in ids:
+            found = tracer.trace(f"{part}/{id}")
+            kinds = {"chain", "pairs", "question", "helpful"} & found.keys()
+            assert kinds and found["part"] == part
+            assert "trained on" not in describe(found).replace("on which nothing was trained", "")
+            seen.update(kinds)
+    labels = len(records(measured / "label" / "preferences.jsonl"))
+    # Answers of three models, as they were drawn and as they were read; pairs of the amendment and of known.jsonl.
+    assert seen == {"helpful": 2 * 3 * 2, "pairs": labels + 1, "question": 1}
+    amended = next(part for part in parts(measured) if part.startswith("amendments/"))
+    id = next(iter(Ledger(measured, amended).preferences))
+    main(["trace", str(measured), f"{amended}/{id}"])
+    told = capsys.readouterr().out
+    assert f"part of     {amended}, on which nothing was trained" in told
+    judged = {one["principle"]["statement"] for one in tracer.trace(f"{amended}/{id}")["pairs"][0]["label"]["readings"]}
+    assert judged <= {"The answer is kind .", "it hurts no neighbour"}
+    with pytest.raises(ValueError, match=rf"'nowhere#0': no record of .*{amended} has this id"):
+        tracer.trace(f"{amended}/nowhere#0")
+
+
+def test_marks_lead_to_the_principle_that_they_were_given_by(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    ledger = Ledger(run)
+    kind = ledger.constitution.principle("kind")
+    reading = {"principle": {"id": "kind", "hash": kind.hash}, "weight": 1.0, "mean": 7.25, "abstained": ""}
+    silent = reading | {"mean": None, "abstained": "too little"}
+    path = run / "ppo" / "rollouts.jsonl"
+    rated = [one | {"rating": {"score": 0.4, "readings": [reading, silent]}} for one in records(path)]
+    write_lines(path, rated)
+    found = Tracer(Ledger(run)).trace("ppo/0/0")
+    [episode] = found["episodes"]
+    assert episode["rating"]["readings"][0]["principle"]["statement"] == "The answer is kind ."
+    told = describe(found)
+    assert "The answer is kind ." in told and "mark 7.2500, weight 1" in told and "abstained: too little" in told
+    assert not [problem for problem in check(run).problems if "principle" in problem]
+    reading["principle"]["hash"] = "0" * 16
+    write_lines(path, rated)
+    assert any("principle 'kind' (0000" in problem for problem in check(run).problems)
+
+
+def test_a_record_without_its_form_is_refused_by_its_line(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = run / "label" / "preferences.jsonl"
+    spoiled = records(path)
+    del spoiled[1]["labels"][0]["p_a"]
+    write_lines(path, spoiled)
+    with pytest.raises(ValueError, match=r"preferences\.jsonl:2: no record of preferences: labels without p_a"):
+        _ = Ledger(run).preferences
 
 
 def test_one_prompt_by_hand(finished: Path, tracer: Tracer) -> None:

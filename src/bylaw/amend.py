@@ -32,6 +32,7 @@ from bylaw.rlaif.trust import TIE
 from bylaw.runs import is_begun
 from bylaw.sl_cai.revise import drawn_principle
 from bylaw.sums import write_sums
+from bylaw.trace_text import visible
 
 SHOWN = 10
 PREFERENCES, FLIPS, OF = "preferences.jsonl", "flips.jsonl", "of.json"
@@ -65,7 +66,7 @@ def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     write_atomic(there / AMENDMENT, json.dumps(facts, indent=2) + "\n")
     write_sums(folder, f"{AMENDMENTS}/{amended.hash}", f"constitutions/{kept.name}")
     shown_first = moved(labelled, read_records(there / PREFERENCES))
-    print(json.dumps(facts, indent=2) if config.json else describe(changes, facts, shown_first, there))
+    print(json.dumps(facts, indent=2) if config.json else visible(describe(changes, facts, shown_first, there)))
     if config.out:
         _remake(recipes[1], config.out, there, kept, first)
     return facts
@@ -123,8 +124,8 @@ def _said(one: Record) -> str:
 
 
 def _line(text: str) -> str:
-    """On one line of a terminal, which no model text may steer."""
-    return "".join(c if c.isprintable() else " " for c in text)[:200]
+    """On one line of a terminal."""
+    return " ".join(text.split())[:200]
 
 
 def _labelled(ledger: Ledger) -> list[Record]:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bylaw.constitution import Constitution, load_constitution
-from bylaw.model.records import Record, read_records
+from bylaw.constitution import Constitution
+from bylaw.model.records import Record
 from bylaw.model.settings import require
-from bylaw.recipe import load_recipe
-from bylaw.trace_text import visible
+from bylaw.rlaif.trust import TIE
 
 DECIDED = 0.05
 """A principle has decided on a pair when its probability is at least this far from 1/2."""
@@ -51,6 +50,8 @@ class PrincipleEffect:
     """Share of pairs on which it and the rest lie on opposite sides of 1/2, of those where both have a side."""
     flips: int
     """Pairs whose label lies on the other side of 1/2 when this principle's reading is left out."""
+    firm_flips: int
+    """Of them, those whose label is no tie (rlaif/trust.py) with it nor without it: most others lie near 1/2."""
     lost: int
     """Pairs that have no label without it: no other principle gave one."""
     change: float | None
@@ -126,26 +127,20 @@ def attribute_run(run: Path, decided: float = DECIDED) -> Attribution:
 
     Titles and weights are those of the constitution that judged the pairs, or, before that, that the chains used.
     """
-    paths = run / "revise" / "chains.jsonl", run / "label" / "preferences.jsonl"
-    if not any(path.exists() for path in paths):
+    from bylaw.ledger import Ledger  # torch: only where a run is read
+
+    ledger = Ledger(run)
+    if not ledger.chains and not ledger.preferences:
         raise FileNotFoundError(
-            f"{run}: neither revise/chains.jsonl nor label/preferences.jsonl; run these stages first"
+            f"{run}: nothing in revise/chains.jsonl nor label/preferences.jsonl; run these stages first"
         )
-    chains, preferences = (read_records(path) if path.exists() else [] for path in paths)
-    used = [hash for record in (*preferences, *chains) if (hash := record.get("by", {}).get("constitution"))]
-    return attribute(chains, preferences, constitution_of(run, used[0] if used else ""), decided)
-
-
-def constitution_of(run: Path, hash: str) -> Constitution:
-    """The constitution of that hash as the run folder keeps it, else the one that its recipe names."""
-    kept = run / "constitutions" / f"{hash}.toml"
-    return load_constitution(kept if kept.exists() else load_recipe(run / "recipe.toml").constitution)
+    return attribute(list(ledger.chains.values()), list(ledger.preferences.values()), ledger.constitution, decided)
 
 
 def describe_attribution(found: Attribution) -> str:
     """The measures as two tables for a person."""
     width = max([len("principle"), *(len(effect.id) for effect in found.principles)])
-    heads = ("rounds", "changed", "labels", "abst.", "strength", "decided", "direction", "disagrees", "flips", "change")
+    heads = ("rounds", "changed", "labels", "abst.", "strength", "decided", "direction", "disagrees", "flips", "firm", "change")
     lines = [f"{found.chains} chains, {found.pairs} pairs labelled by principles", ""]
     if found.without_readings:
         lines.insert(1, f"{found.without_readings} preferences have no reading by a principle")
@@ -153,13 +148,13 @@ def describe_attribution(found: Attribution) -> str:
     lines += [
         f"{effect.id:<{width}}" + "".join(f"{cell:>10}" for cell in _cells(effect)) for effect in found.principles
     ]
-    lines += ["", _KEY.format(far=found.threshold), "", "Principles that conflict most:"]
+    lines += ["", _KEY.format(far=found.threshold, tie=TIE), "", "Principles that conflict most:"]
     clashes = [_clash(one) for one in found.conflicts[:10]] or ["none decided against another on the same pair"]
     return "\n".join([*lines, *(f"  {clash}" for clash in clashes)])
 
 
 def _clash(one: Conflict) -> str:
-    examples = visible(", ".join(one.examples))
+    examples = ", ".join(one.examples)
     return f"{one.first} and {one.second}: opposed on {one.opposed} of {one.both} pairs, such as {examples}"
 
 
@@ -168,7 +163,8 @@ changed    share of its rounds whose revision differs from the text before
 strength   mean distance of its labels from 1/2; decided: share at least {far:g} away
 direction  mean of p - 1/2 towards the answer that the other principles prefer; negative: it pulls against them
 disagrees  share of pairs where it and the others prefer different answers
-flips      pairs whose label changes sides without it; change: mean change of the label"""
+flips      pairs whose label changes sides without it; firm: those of them that are no ties (at most {tie:g} from 1/2)
+change     mean change of the label without it"""
 
 
 def _cells(effect: PrincipleEffect) -> list[str]:
@@ -178,7 +174,8 @@ def _cells(effect: PrincipleEffect) -> list[str]:
     changed = share(effect.changed / effect.rounds) if effect.rounds else "-"
     counts = [str(effect.rounds), changed, str(effect.labels), str(sum(effect.abstained.values()))]
     means = [share(effect.strength, ".3f"), share(effect.decided), share(effect.direction, "+.3f")]
-    return [*counts, *means, share(effect.disagrees), str(effect.flips), share(effect.change, ".3f")]
+    flips = [str(effect.flips), str(effect.firm_flips)]
+    return [*counts, *means, share(effect.disagrees), *flips, share(effect.change, ".3f")]
 
 
 def _ids(chains: Sequence[Record], preferences: Sequence[Record], constitution: Constitution) -> list[str]:
@@ -256,6 +253,7 @@ class _Labels:
             "direction": _mean(towards[rest != 0]),
             "disagrees": _mean(towards[towards != 0] < 0),
             "flips": int((rest * whole < 0).sum()),
+            "firm_flips": int(((rest * whole < 0) & (np.minimum(np.abs(rest), np.abs(whole)) > TIE)).sum()),
             "lost": int((~others).sum()),
             "change": _mean(np.abs(whole - rest)),
         }

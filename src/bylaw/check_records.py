@@ -59,9 +59,11 @@ def _wrong(
 def _principles(ledger: Ledger, record: Record) -> Iterator[str]:
     """Of every round and reading that went by a principle of a constitution."""
     constitution = record.get("by", {}).get("constitution") if isinstance(record.get("by"), dict) else None
+    marked = record.get("rating", {}).get("readings", [])  # of an episode that a judge gave marks
+    constitution = ledger.rated_by if marked else constitution
     if constitution is None:
         return
-    for part in (*record.get("rounds", []), *record.get("labels", [])):
+    for part in (*record.get("rounds", []), *record.get("labels", []), *marked):
         if "principle" in part:
             told = ledger.principle(part["principle"], constitution)
             if "problem" in told:
@@ -69,12 +71,13 @@ def _principles(ledger: Ledger, record: Record) -> Iterator[str]:
 
 
 def _pairs_beside(ledger: Ledger, name: str) -> dict[str, Record]:
-    """The pairs that a file of preferences labels: those beside it, else the stage's."""
-    beside = str(PurePosixPath(name).parent / "pairs.jsonl")
+    """The pairs that a file of preferences labels: those of the nearest folder above it that has some, or the stage's.
+    """
     if PurePosixPath(name).name != "preferences.jsonl":
         return {}
-    if (ledger.run / beside).exists():
-        return {one["id"]: one for one in ledger.records(beside)}
+    for folder in PurePosixPath(name).parents:
+        if (ledger.run / folder / "pairs.jsonl").exists():
+            return Ledger(ledger.run, folder.as_posix()).pairs
     return ledger.pairs
 
 

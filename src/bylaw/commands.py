@@ -10,10 +10,12 @@ from typing import Any
 import tyro
 
 from bylaw.recipe import AmendConfig
+from bylaw.trace_text import visible
 
 _IDS = """ID is a prompt's id, for everything of it; PROMPT@ROUND, a round of its chain; PROMPT#N, a pair and its label;
 PROMPT+N, a helpful sample; or ppo/ITERATION/PLACE, an episode. For prompt ids that look like one of these, write
-prompt:, round:, pair: or helpful: in front. --json prints JSON for other tools."""
+prompt:, round:, pair: or helpful: in front. Records that no stage made have the name of their place in the run in
+front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID, behaviour/MODEL/PROMPT+N. --json prints JSON."""
 
 _CONSTITUTION_HELP = """diff OLD NEW       what changed, in words
 import FILE ...    from the files of the Constitutional AI release, Hugging Face's JSON, numbered text, or Markdown
@@ -101,7 +103,7 @@ def constitution(args: list[str]) -> None:
         )
     found = load_constitution(args[1])
     if name == "show":
-        print(describe(found), end="")
+        print(visible(describe(found)), end="")
     else:
         print(f"{args[1]}: {len(found.principles)} principles, all in order; hash {found.hash}")
 
@@ -130,7 +132,7 @@ def attribution(args: list[str]) -> None:
     from bylaw.attribution import attribute_run, describe_attribution
 
     found = attribute_run(run)
-    print(json.dumps(asdict(found), indent=2) if as_json else describe_attribution(found))
+    print(json.dumps(asdict(found), indent=2) if as_json else visible(describe_attribution(found)))
 
 
 def trust(args: list[str]) -> None:
@@ -138,15 +140,15 @@ def trust(args: list[str]) -> None:
     run, as_json = _reading(args, "trust", trust)
     if run is None:
         return
-    from bylaw.model.records import read_records
+    from bylaw.ledger import Ledger
     from bylaw.rlaif.trust import describe_trust
     from bylaw.rlaif.trust import trust as measure
 
-    path = run / "label" / "preferences.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `bylaw label` writes it")
-    measured = measure(read_records(path))
-    print(json.dumps(measured, indent=2) if as_json else describe_trust(measured))
+    preferences = Ledger(run).preferences
+    if not preferences:
+        raise FileNotFoundError(f"{run / 'label' / 'preferences.jsonl'}: no labels; `bylaw label` writes them")
+    measured = measure(list(preferences.values()))
+    print(json.dumps(measured, indent=2) if as_json else visible(describe_trust(measured)))
 
 
 def judge(args: list[str]) -> None:

@@ -16,9 +16,22 @@ AMENDMENTS, AMENDMENT = "amendments", "amendment.json"
 """A folder for each constitution that `bylaw amend` was given, by its hash, and the last file of each."""
 
 
+OF_A_PART = ("chains", "pairs", "preferences", "flips", "answers")
+"""Files of records that lie together in such a folder."""
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's: it keeps its recipe."""
     return (folder / RECIPE).is_file()
+
+
+def parts(run: Path) -> list[str]:
+    """What holds records that no stage made, as names in the run: folders of evaluations, judgements and amendments,
+    and single files of answers without their ending.
+    """
+    found = [path for top in (EVALUATION, BEHAVIOUR, JUDGED, AMENDMENTS) for path in (run / top).rglob("*.jsonl")]
+    named = [path.parent if path.stem in OF_A_PART else path.with_suffix("") for path in found]
+    return sorted({path.relative_to(run).as_posix() for path in named})
 
 
 def begun_beside(run: Path) -> list[str]:

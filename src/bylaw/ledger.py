@@ -5,22 +5,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bylaw.constitution.asked import stage_hash
 from bylaw.constitution.examples import beside
 from bylaw.constitution.load import load_constitution
-from bylaw.constitution.schema import Constitution
+from bylaw.constitution.schema import Constitution, Stage
 from bylaw.layout import MANIFEST, RECIPE, is_run
 from bylaw.model.checkpoint import check_model
 from bylaw.model.data import prompt_lines
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.recipe import EVERY_STAGE, Recipe, load_recipe
+from bylaw.recipe import EVERY_STAGE, Recipe, asked_at, load_recipe
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A run folder. Records of stages that have not finished are there too, as far as they were written."""
+    """A run folder. Records of stages that have not finished are there too, as far as they were written.
+
+    Raises ValueError, naming file and line, for a record that lacks what its kind has.
+    """
 
     run: Path
+    part: str = ""
+    """One of `layout.parts`, whose records are then read in place of the stages'."""
 
     def __post_init__(self) -> None:
         if not is_run(self.run):
@@ -38,28 +44,37 @@ class Ledger:
 
     @cached_property
     def chains(self) -> dict[str, Record]:
-        return {one["id"]: one for one in self.records("revise/chains.jsonl")}
+        return {one["id"]: one for one in self.records(f"{self.part or 'revise'}/chains.jsonl")}
 
     @cached_property
     def helpful(self) -> dict[tuple[str, int], Record]:
-        return {(one["id"], one["sample"]): one for one in self.records("revise/helpful.jsonl")}
+        """Helpful samples; of a part its answers."""
+        name = f"{self.part}.jsonl" if self.part else "revise/helpful.jsonl"
+        return {(one["id"], one["sample"]): one for one in self.records(name, "helpful")}
 
     @cached_property
     def pairs(self) -> dict[str, Record]:
-        return {one["id"]: one for one in self.records("compare/pairs.jsonl")}
+        return {one["id"]: one for one in self.records(f"{self.part or 'compare'}/pairs.jsonl")}
 
     @cached_property
     def preferences(self) -> dict[str, Record]:
-        return {one["id"]: one for one in self.records("label/preferences.jsonl")}
+        return {one["id"]: one for one in self.records(f"{self.part or 'label'}/preferences.jsonl")}
+
+    @cached_property
+    def questions(self) -> dict[str, Record]:
+        """Of a part, what a judge said to questions whose answer is known."""
+        return {one["id"]: one for one in self.records(f"{self.part}/answers.jsonl")} if self.part else {}
 
     @cached_property
     def rollouts(self) -> dict[tuple[int, int], Record]:
-        return {(one["iteration"], one["place"]): one for one in self.records("ppo/rollouts.jsonl")}
+        found = [] if self.part else self.records("ppo/rollouts.jsonl")
+        return {(one["iteration"], one["place"]): one for one in found}
 
     @cached_property
     def prompts(self) -> dict[str, list[Record]]:
         """The dialogue of every prompt id in a record; empty where only episodes are there, which do not repeat it."""
         drawn: dict[str, list[Record]] = {one["prompt_id"]: [] for one in self.rollouts.values()}
+        drawn |= {id: [] for id in self.questions}
         kept = [*self.chains.values(), *self.helpful.values()]
         rest = [*self.pairs.values(), *self.preferences.values()]
         named = [(one["id"], one) for one in kept] + [(one["prompt_id"], one) for one in rest]
@@ -121,6 +136,14 @@ class Ledger:
         of_labels = (one["by"]["examples"] for one in self.preferences.values() if "examples" in one["by"])
         return next(of_labels, of_chains)
 
+    @cached_property
+    def rated_by(self) -> str:
+        """The hash of the constitution by which a judge gave PPO its marks."""
+        asked = self.manifests.get("ppo", {"inputs": {}})["inputs"].get("constitution")
+        used = asked_at(self.recipe, "ppo")
+        found = [hash for hash, one in self.constitutions.items() if _asks(one, used) == asked]
+        return found[0] if found else self.constitution.hash
+
     def constitution_path(self, hash: str) -> Path:
         return self.run / "constitutions" / f"{hash}.toml"
 
@@ -146,12 +169,50 @@ class Ledger:
         named = {"prompts": self.recipe.prompts, "helpful": Path(self.recipe.helpful) if self.recipe.helpful else None}
         return [_source(kind, path, inputs.get(kind)) for kind, path in named.items() if path is not None]
 
-    def records(self, name: str) -> list[Record]:
-        """Those of a file, none if it is not there; a torn last line, as a writer at work may leave it, is not one."""
+    def records(self, name: str, kind: str = "") -> list[Record]:
+        """Those of a file, none if it is not there; a torn last line, as a writer at work may leave it, is not one.
+        `kind`, by default the file's own name, says what a record must have.
+        """
         path = self.run / name
         lines = list(numbered_lines(path)) if path.exists() else []
         done = (path.parent / MANIFEST).exists()
-        return [decode_record(line, f"{path}:{n}") for n, line in lines if done or line.endswith(b"\n")]
+        found = [(decode_record(line, f"{path}:{n}"), n) for n, line in lines if done or line.endswith(b"\n")]
+        return [formed(one, kind or path.stem, f"{path}:{n}") for one, n in found]
+
+
+_SIDES = ("id", "prompt_id", "prompt", "a", "b", "by")
+_FORMS: dict[str, tuple[str, ...]] = {
+    "chains": ("id", "prompt", "answer", "rounds", "by"),
+    "rounds": ("round", "principle", "revision"),
+    "helpful": ("id", "sample", "prompt", "by"),
+    "pairs": _SIDES,
+    "preferences": (*_SIDES, "p_a", "abstained", "labels"),
+    "labels": ("principle", "p_a", "abstained", "weight"),
+    "rollouts": ("iteration", "place", "prompt_id", "ids", "score", "raw"),
+}
+"""What a record of each kind has, and each of its rounds or labels."""
+
+
+def formed(record: Record, kind: str, where: str) -> Record:
+    """The record, if it has what its kind has. ValueError naming `where` and what it lacks."""
+    inner = [(part, one) for part in ("rounds", "labels") for one in _list(record.get(part))]
+    for what, one in [(kind, record), *inner]:
+        lacks = [key for key in _FORMS.get(what, ()) if not isinstance(one, dict) or key not in one]
+        if lacks:
+            raise ValueError(f"{where}: no record of {kind}: {what} without {', '.join(lacks)}; see `bylaw check`")
+    return record
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _asks(constitution: Constitution, used: tuple[Stage, tuple[str, ...]]) -> str:
+    """`stage_hash`, or nothing for a constitution that has no principle for the stage."""
+    try:
+        return stage_hash(constitution, *used)
+    except ValueError:
+        return ""
 
 
 def _source(kind: str, path: Path, hash: str | None) -> dict[str, Any]:

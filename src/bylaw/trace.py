@@ -5,6 +5,9 @@ An ID is a prompt's id, for everything of it, or
     PROMPT+N       a helpful sample              ppo/ITERATION/PLACE   an episode
 Prompt ids may look like any of these: `prompt:`, `round:`, `pair:` or `helpful:` in front says what is meant, and the
 last @, # or + in it is then the one that counts.
+
+Records that no stage made, those of evaluations, judgements and amendments, have the name of their place in the run in
+front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID, behaviour/MODEL/PROMPT+N.
 """
 
 import difflib
@@ -13,6 +16,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from bylaw.layout import parts
 from bylaw.learned import preferred, supervised
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record
@@ -58,6 +62,10 @@ class Tracer:
 
         Raises ValueError, with the nearest ids, for one that no record has, and for one that means several records.
         """
+        part = "" if self.ledger.part else self._part(id)
+        if part:
+            found = Tracer(Ledger(self.ledger.run, part)).trace(id.removeprefix(f"{part}/"))
+            return found | {"id": f"{part}/{found['id']}", "part": part}
         name = self.read(id)
         prompt = (
             self.ledger.rollouts[name.iteration, name.number]["prompt_id"] if name.kind == "episode" else name.prompt
@@ -69,6 +77,8 @@ class Tracer:
         number = name.number if name.kind in ("pair", "helpful") else None
         if "helpful" in wanted:
             found["helpful"] = [self._helpful(*key) for key in self.ledger.helpful if _same(key, prompt, number)]
+        if prompt in self.ledger.questions:
+            found["question"] = self.ledger.questions[prompt]
         if "pairs" in wanted:
             found["pairs"] = [self._pair(one) for one in self._pairs_of(prompt, number)]
         if "episodes" in wanted:
@@ -80,6 +90,11 @@ class Tracer:
             ]
         return {key: value for key, value in found.items() if value}
 
+    def _part(self, id: str) -> str:
+        """The part of the run that an ID begins with, if it goes on behind it."""
+        found = [part for part in parts(self.ledger.run) if id.startswith(f"{part}/")]
+        return max(found, key=len, default="")
+
     def read(self, id: str) -> Name:
         """The one record, or prompt, that an ID means. Raises ValueError for none and for several."""
         there = [name for name in _readings(id) if self._exists(name)]
@@ -89,7 +104,8 @@ class Tracer:
             raise ValueError(
                 f"{id!r} has several meanings here; say which: {', '.join(repr(n.spelled()) for n in there)}"
             )
-        raise ValueError(f"{id!r}: no record of {self.ledger.run} has this id{self._near(id)}")
+        place = self.ledger.run / self.ledger.part
+        raise ValueError(f"{id!r}: no record of {place} has this id{self._near(id)}")
 
     def _exists(self, name: Name) -> bool:
         ledger = self.ledger
@@ -117,6 +133,8 @@ class Tracer:
 
     def _prompt(self, id: str) -> dict[str, Any]:
         told: dict[str, Any] = {"id": id, "messages": self.ledger.prompts.get(id, [])}
+        if self.ledger.part:
+            return told
         sources = self.ledger.sources
         places = [one for one in sources if id in one["lines"]]
         if places:
@@ -135,18 +153,21 @@ class Tracer:
     def _round(self, chain: Record, step: Record) -> dict[str, Any]:
         principle = self.ledger.principle(step["principle"], chain["by"]["constitution"])
         fate = self._fate(("round", chain["id"], step["round"]))
-        return {"id": f"{chain['id']}@{step['round']}"} | step | {"principle": principle, "finetune": fate}
+        return {"id": f"{chain['id']}@{step['round']}"} | step | {"principle": principle} | fate
 
     def _helpful(self, id: str, number: int) -> dict[str, Any]:
         sample = self.ledger.helpful[id, number]
-        kept = {key: sample[key] for key in ("given", "answer", "by") if key in sample}
-        return {"id": f"{id}+{number}"} | kept | {"finetune": self._fate(("helpful", id, number))}
+        kept = {key: sample[key] for key in ("given", "answer", "by", "reading") if key in sample}
+        return {"id": f"{id}+{number}"} | kept | self._fate(("helpful", id, number))
 
     def _fate(self, key: Any) -> dict[str, Any]:
+        """What supervised training made of a text, as "finetune"; nothing is trained on a part's texts."""
+        if self.ledger.part:
+            return {}
         manifest = self.ledger.manifests.get("finetune")
         if manifest is None:
-            return {"unfinished": True}
-        return self.learned[key] | {"model": manifest["outputs"]["sl-cai"]}
+            return {"finetune": {"unfinished": True}}
+        return {"finetune": self.learned[key] | {"model": manifest["outputs"]["sl-cai"]}}
 
     def _pairs_of(self, prompt: str, number: int | None) -> list[Record]:
         """The pairs of a prompt, labelled where they are."""
@@ -159,8 +180,13 @@ class Tracer:
         if one["id"] not in self.ledger.preferences:
             return told | {"label": None}
         by = {key: value for key, value in one["by"].items() if key != "pairs_by"}
-        told["label"] = {key: one[key] for key in ("p_a", "abstained")} | {"by": by}
-        told["label"]["readings"] = [self._reading(reading, by) for reading in one["labels"]]
+        kept = {key: one[key] for key in ("p_a", "unclamped", "abstained", "shots") if key in one}
+        told["label"] = kept | {"by": by, "readings": [self._reading(reading, by) for reading in one["labels"]]}
+        return told if self.ledger.part else told | self._uses(one)
+
+    def _uses(self, one: Record) -> dict[str, Any]:
+        """What reward model and DPO made of a preference."""
+        told: dict[str, Any] = {}
         for stage, output in (("reward", "reward-model"), ("dpo", "dpo-cai")):
             if stage in self.ledger.manifests:
                 model = self.ledger.manifests[stage]["outputs"][output]
@@ -179,6 +205,9 @@ class Tracer:
         text = self.ledger.tokenizer.decode(one["ids"]).strip()
         told: dict[str, Any] = {"id": f"ppo/{one['iteration']}/{one['place']}", "text": text}
         told |= {key: one[key] for key in kept}
+        if "rating" in one:
+            by = {"constitution": self.ledger.rated_by}
+            told["rating"] = one["rating"] | {"readings": [self._reading(r, by) for r in one["rating"]["readings"]]}
         manifest = self.ledger.manifests.get("ppo")
         if manifest is None:
             return told | {"unfinished": True}

@@ -9,6 +9,10 @@ Told = Mapping[str, Any]
 def describe(found: Told) -> str:
     """A trace (bylaw.trace) as lines that a person reads."""
     lines = [*_prompt(found["prompt"])]
+    if "part" in found:
+        lines.append(_line("part of", f"{found['part']}, on which nothing was trained"))
+    if "question" in found:
+        lines += _question(found["question"])
     if "chain" in found:
         lines += _chain(found["chain"])
     for sample in found.get("helpful", []):
@@ -60,18 +64,33 @@ def _chain(chain: Told) -> Iterator[str]:
         for part in ("critique", "revision"):
             if step.get(part):
                 yield _text(part, step[part])
-        yield _line("trained on", _fate(step["finetune"]))
+        if "finetune" in step:
+            yield _line("trained on", _fate(step["finetune"]))
+
+
+def _question(question: Told) -> Iterator[str]:
+    yield ""
+    yield f"{visible(question['id'])}: a question whose answer is known"
+    for place, option in enumerate(question["options"]):
+        said = f"log-prob {question['logprobs'][place]:.4f}" if question["logprobs"] else question["abstained"]
+        yield _line("right" if place in question["right"] else "wrong", f"{option}  [{said}]")
 
 
 def _helpful(sample: Told) -> Iterator[str]:
     yield ""
-    yield f"{visible(sample['id'])}: a helpful sample"
+    yield f"{visible(sample['id'])}: {'a helpful sample' if 'finetune' in sample else 'an answer'}"
     if "given" in sample:
         yield _line("given", sample["given"])
     else:
         yield from _by(sample["by"])
         yield _text("answer", sample["answer"])
-    yield _line("trained on", _fate(sample["finetune"]))
+    if "reading" in sample:
+        reading = sample["reading"]
+        named = f", naming {', '.join(reading['named'])}" if reading.get("named") else ""
+        why = f" ({reading['why']})" if reading.get("why") else ""
+        yield _line("read as", f"{reading['kind']}{named}{why}")
+    if "finetune" in sample:
+        yield _line("trained on", _fate(sample["finetune"]))
 
 
 def _text(label: str, text: Told) -> str:
@@ -117,7 +136,10 @@ def _pair(pair: Told) -> Iterator[str]:
         yield _line("label", "none yet")
         return
     p_a = f"none: {label['abstained']}" if label["p_a"] is None else f"p(a is better) = {label['p_a']:.4f}"
-    yield _line("label", f"{p_a}, judge {str(label['by'].get('model'))[:16]}")
+    clamped = f", {label['unclamped']:.4f} before the clamp" if "unclamped" in label else ""
+    yield _line("label", f"{p_a}{clamped}, judge {str(label['by'].get('model'))[:16]}")
+    if label.get("shots"):
+        yield _line("examples", ", ".join(map(str, label["shots"])))
     for reading in label["readings"]:
         yield from _reading(reading)
     for stage in ("reward", "dpo"):
@@ -155,6 +177,10 @@ def _episode(episode: Told) -> Iterator[str]:
     scorers += [f"reward model {hash[:16]}" for hash in episode.get("reward_models", [])]
     said = ", ".join(scorers) or "a reward model that ppo names when it has finished"
     yield _line("score", f"{episode['score']:.4f}; as it came {raw}, from {said}")
+    for reading in episode.get("rating", {}).get("readings", []):
+        yield from _principle(reading["principle"])
+        mark = f"mark {reading['mean']:.4f}" if reading["mean"] is not None else f"abstained: {reading['abstained']}"
+        yield _line("", f"{mark}, weight {reading['weight']:g}")
     yield _line("drawn by", f"policy weights {episode['weights'][:16]}, seed {episode['seed']}")
     if "learned_by" in episode:
         learners, model = " and ".join(episode["learned_by"]), episode["model"][:16]

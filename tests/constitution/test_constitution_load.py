@@ -95,6 +95,7 @@ answer_prefix = "Letter {{"
         ('"Calm"', "true", "key 'title' holds True (true or false)"),
         ('"Calm"', "{a = 1}", "key 'title' holds a table"),
         ('"Calm"', '"C\\u001b[2J"', "rules.toml:8: principle 1 ('calm'): key 'title' holds the control character "),
+        ('"Calm"', '"C\\u202emlac"', "rules.toml:8: principle 1 ('calm'): key 'title' holds U+202E, which turns"),
         ('"calm"', '"Calm down"', "rules.toml:7: principle 1 ('Calm down'): key 'id' is 'Calm down'; allowed:"),
         ('"calm"', '"cälm"', "allowed: lower-case letters a-z, digits and hyphens"),
         ('"calm"', "7", "rules.toml:7: principle 1: key 'id' holds 7 (a number)"),

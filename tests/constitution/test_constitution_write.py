@@ -20,7 +20,7 @@ ODD = [
     'two lines, """ inside, \\\nthe last ends in a backslash \\',
     'five """"" quotes\nin a row """"""',
     "a tab\tinside\nof two lines",
-    "right-to-left \u202e mark, zero width \u200b, line separator \u2028 inside, no-break\u00a0space",
+    "right-to-left \u200f mark, zero width \u200b, line separator \u2028 inside, no-break\u00a0space",
     "private \ue000 and astral \U0001f600 \U000e0041 letters",
     "[[principle]]\nid = 'not a table'  # nor a comment",
     "{{literal braces}} stay",
