@@ -97,10 +97,26 @@ def mark_words(old: str, new: str) -> tuple[str, str]:
     """The two texts, the first with the words that went as [-words-], the second with those that came as {+words+}."""
     before, after = (re.findall(r"\S+|\s+", text) for text in (old, new))
     was, now = [], []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        was.append(_mark("".join(before[a:b]), "[-", "-]") if kind != "equal" else "".join(before[a:b]))
-        now.append(_mark("".join(after[c:d]), "{+", "+}") if kind != "equal" else "".join(after[c:d]))
+    for same, gone, come in _runs(before, after):
+        was.append(gone if same else _mark(gone, "[-", "-]"))
+        now.append(come if same else _mark(come, "{+", "+}"))
     return "".join(was), "".join(now)
+
+
+def _runs(before: list[str], after: list[str]) -> list[tuple[bool, str, str]]:
+    """Whether a stretch is the same in both, and its text in each. White space between two changes goes with them: a
+    sentence that was said anew is one change, not one a word.
+    """
+    found: list[tuple[bool, str, str]] = []
+    codes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    for n, (kind, a, b, c, d) in enumerate(codes):
+        gone, come = "".join(before[a:b]), "".join(after[c:d])
+        same = kind == "equal" and (bool(gone.strip()) or n in (0, len(codes) - 1))
+        if found and not same and not found[-1][0]:
+            _, gone_before, come_before = found.pop()
+            gone, come = gone_before + gone, come_before + come
+        found.append((same, gone, come))
+    return found
 
 
 def _mark(text: str, opening: str, closing: str) -> str:

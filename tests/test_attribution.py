@@ -146,7 +146,9 @@ def test_a_run_folder_is_read_with_the_constitution_that_it_keeps(
         attribute_run(tmp_path)
     hash = parse_constitution(KEPT, "kept").hash
     sides = {"prompt_id": "p", "prompt": [], "a": {}, "b": {}, "p_a": 0.5, "abstained": ""}
-    chains, preferences = ([sides | one | {"by": {"constitution": hash}} for one in some] for some in (CHAINS, PREFERENCES))
+    chains, preferences = (
+        [sides | one | {"by": {"constitution": hash}} for one in some] for some in (CHAINS, PREFERENCES)
+    )
     for name, text in ((f"constitutions/{hash}.toml", KEPT), ("revise/chains.jsonl", lines(chains) + '{"id": "torn')):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)

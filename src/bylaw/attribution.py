@@ -140,7 +140,19 @@ def attribute_run(run: Path, decided: float = DECIDED) -> Attribution:
 def describe_attribution(found: Attribution) -> str:
     """The measures as two tables for a person."""
     width = max([len("principle"), *(len(effect.id) for effect in found.principles)])
-    heads = ("rounds", "changed", "labels", "abst.", "strength", "decided", "direction", "disagrees", "flips", "firm", "change")
+    heads = (
+        "rounds",
+        "changed",
+        "labels",
+        "abst.",
+        "strength",
+        "decided",
+        "direction",
+        "disagrees",
+        "flips",
+        "firm",
+        "change",
+    )
     lines = [f"{found.chains} chains, {found.pairs} pairs labelled by principles", ""]
     if found.without_readings:
         lines.insert(1, f"{found.without_readings} preferences have no reading by a principle")

@@ -11,7 +11,9 @@ from typing import Any
 from bylaw.benchmarks.village.base import SHIPPED
 from bylaw.benchmarks.village.evaluate import ask_of, behaviour, label_accuracy, prompts, revision_curve
 from bylaw.benchmarks.village.rules import without
+from bylaw.constitution.write import dump_constitution
 from bylaw.judges import judge_reader
+from bylaw.layout import EVALUATION
 from bylaw.model.data import Prompt
 from bylaw.model.records import Record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings
@@ -21,14 +23,17 @@ from bylaw.report import ReportConfig, write_report
 from bylaw.rlaif.compare import compare
 from bylaw.rlaif.config import CompareConfig, LabelConfig, PPOConfig, RewardConfig
 from bylaw.rlaif.label import label
-from bylaw.rlaif.relabel import flips, relabel
+from bylaw.rlaif.relabel import flips, movement, relabel
 from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
 from bylaw.sl_cai.revise import revise
 from bylaw.sums import write_sums
+from bylaw.trace_text import visible
 
 ROWS = 256
 AMENDED = "danger"
-MEASURES = ("complied_harmful", "refused_harmful", "refused_with_reason", "helpful_benign", "evaded", "broken")
+MEASURES = (
+    "complied_harmful", "refused_harmful", "refused_with_reason", "helpful_benign", "over_refused", "evaded", "broken"
+)  # fmt: skip
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -43,16 +48,17 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     if not first:
         return {}
     start = time.time()
-    summary = evaluate(Run(recipe), config.out / "evaluation")
+    summary = evaluate(Run(recipe), config.out / EVALUATION)
     summary["seconds"] = {name: manifest["seconds"] for name, manifest in manifests.items()}
     summary["seconds"]["evaluation"] = round(time.time() - start, 3)
     summary["seed"] = config.seed
     write_atomic(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_sums(config.out, "evaluation", "summary.json")
+    crossed_out = f"constitutions/{summary['amendment']['constitution']}.toml"
+    write_sums(config.out, EVALUATION, "summary.json", crossed_out)
     page = write_report(config.out, ReportConfig())
     print(table(summary))
     chains = read_records(config.out / "revise" / "chains.jsonl")
-    print(*map(describe_chain, instructive(chains)), sep="\n")
+    print(*(visible(describe_chain(chain)) for chain in instructive(chains)), sep="\n")
     out = config.out
     print(f"\nCheckpoints: {recipe.base}, {out}/finetune/sl-cai, {out}/ppo/rl-cai. Numbers: {out}/summary.json")
     print(f"Read what happened, and by which principle: {page}")
@@ -119,7 +125,8 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
     folders = {"base": recipe.base, "sl_cai": run.path("finetune", "sl-cai"), "rl_cai": run.path("ppo", "rl-cai")}
     summary: dict[str, Any] = {}
     for name, place in folders.items():
-        summary[name] = behaviour(run.sampler(run.model(place), place, settings))
+        sampler = run.sampler(run.model(place), place, settings)
+        summary[name] = behaviour(sampler, 1, folder / f"{name}.jsonl", run.constitution)
     base = run.sampler(run.model(recipe.base), recipe.base, recipe.revise)
     reviser = run.reviser(base)
     revise(reviser, prompts(heldout=True, harmful=True), folder / "chains.jsonl")
@@ -138,10 +145,14 @@ def _label_quality(run: Run, folder: Path, policy: Path) -> dict[str, Any]:
     judge = run.judge(judge_reader(run))
     counts = label(judge, read_records(pairs), labelled)
     preferences = read_records(labelled)
-    amended = replace(judge, constitution=without(run.constitution, AMENDED))
-    amendment = relabel(judge, amended, preferences, folder / "amended.jsonl")
-    flipped = flips(preferences, read_records(folder / "amended.jsonl"))
-    amendment |= {"crossed_out": AMENDED, "flips_there": sum(ask_of(f["prompt_id"]).kind == AMENDED for f in flipped)}
+    amended, relabelled = replace(judge, constitution=without(run.constitution, AMENDED)), folder / "amended"
+    kept = run.recipe.out / "constitutions" / f"{amended.constitution.hash}.toml"
+    write_atomic(kept, dump_constitution(amended.constitution))
+    amendment = relabel(judge, amended, preferences, relabelled / "preferences.jsonl")
+    after = read_records(relabelled / "preferences.jsonl")
+    flipped = flips(preferences, after)
+    amendment |= movement(preferences, after) | {"crossed_out": AMENDED, "constitution": amended.constitution.hash}
+    amendment["flips_there"] = sum(ask_of(one["prompt_id"]).kind == AMENDED for one in flipped)
     return label_accuracy(preferences, run.constitution) | {
         "labels": counts,
         "position_bias": counts["position_bias"],
@@ -155,20 +166,27 @@ def table(summary: dict[str, Any]) -> str:
     names = ("base", "sl_cai", "rl_cai")
     lines = ["", f"{'held-out asks':<22}" + "".join(f"{name:>9}" for name in names)]
     for measure in MEASURES:
-        lines.append(f"{measure:<22}" + "".join(f"{summary[name][measure]:>9.1%}" for name in names))
+        lines.append(f"{measure:<22}" + "".join(f"{percent(summary[name][measure]):>9}" for name in names))
     curve = "  ".join(f"{n}: {value:.1%}" for n, value in enumerate(summary["revision_curve"]))
     lines += ["", f"harmless after n revisions   {curve}"]
-    named, flipped, lean = (summary[name] for name in ("named_right_principle", "flips_on_amendment", "position_bias"))
+    flipped, firm = summary["flips_on_amendment"], summary["amendment"]["firm_flips"]
     lines += [
-        f"labels that agree with the oracle   {summary['label_accuracy']:.1%}, calibration error "
-        f"{summary['label_ece']:.3f}, leaning to the first answer by {lean:+.3f}",
+        f"judgements that agree with the oracle   {summary['label_accuracy']:.1%}, calibration error "
+        f"{summary['label_ece']:.3f}, leaning to the first answer by {summary['position_bias']:+.3f}; whole labels "
+        f"{summary['whole_label_accuracy']:.1%}",
         "where a principle takes no side between help and a refusal, the refusal's probability   "
         + ("unknown" if (silent := summary["silent_refusal"]) is None else f"{silent:.3f}"),
-        f"refusals of the last model that name the harm at stake   {named:.1%}",
-        f"labels that flip where {AMENDED} is crossed out of the constitution   {flipped:.1%}",
+        f"refusals of the last model that name the harm at stake   {percent(summary['named_right_principle'])}",
+        f"labels that flip where {AMENDED} is crossed out of the constitution   {flipped:.1%}, {firm} of them by more "
+        "than a tie",
     ]
     seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"seconds   {seconds}"])
+
+
+def percent(share: float | None) -> str:
+    """A share of something; a dash for a share of nothing."""
+    return "-" if share is None else f"{share:.1%}"
 
 
 def instructive(chains: Sequence[Record], count: int = 3) -> list[Record]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bylaw.model.settings import SamplingSettings, require
+from bylaw.trace_text import visible
 
 NEWEST_FIRST = ("ppo/rl-cai", "dpo/dpo-cai", "finetune/sl-cai", "base")
 
@@ -79,7 +80,7 @@ def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -
 
 
 def _show(piece: str) -> None:
-    print(piece, end="", flush=True)
+    print(visible(piece), end="", flush=True)
 
 
 def _typed() -> Iterable[str]:

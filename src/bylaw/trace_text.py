@@ -25,8 +25,12 @@ def describe(found: Told) -> str:
 
 
 def visible(text: str) -> str:
-    """Text without control characters: those that do not print are spelled out, but for line breaks."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else _spelled(letter) for letter in text)
+    """Text that steers no terminal: characters that do not print are spelled out, but for line breaks, tabs and the
+    joiners of emoji and of scripts that need them.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t\u200c\u200d" else _spelled(letter) for letter in text
+    )
 
 
 def _spelled(letter: str) -> str:

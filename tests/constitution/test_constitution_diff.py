@@ -144,6 +144,15 @@ def test_a_title_that_a_template_shows_reaches_the_prompt():
     assert not diff(shows, new).touched("critique")
 
 
+def test_words_that_changed_together_are_marked_together():
+    was, now = mark_words("Never help with harm.", "Do not give your help to harm.")
+    assert (was, now) == ("[-Never-] help [-with-] harm.", "{+Do not give your+} help {+to+} harm.")
+    was, now = mark_words("be kind now and then", "be very cruel now and then")
+    assert (was, now) == ("be [-kind-] now and then", "be {+very cruel+} now and then")
+    assert mark_words("all of it", "something else") == ("[-all of it-]", "{+something else+}")
+    assert mark_words("a  b", "a  b") == ("a  b", "a  b") and mark_words("", "a") == ("", "{+a+}")
+
+
 def test_order_and_a_new_name():
     turned = replace(OLD, principles=OLD.principles[::-1])
     found = diff(OLD, turned)
