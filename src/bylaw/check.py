@@ -98,7 +98,8 @@ def check_sums(run: Path) -> Iterator[str]:
     for name in links_of(run):
         yield f"{name} is a link, and what it leads to is no part of the run"
     for name in sorted(there - sums.keys()):
-        yield f"{name} is not in {SUMS}: bylaw did not write it, or was killed as it did; the same command run again adds it"
+        why = "bylaw did not write it, or was killed as it did; the same command run again adds it"
+        yield f"{name} is not in {SUMS}: {why}"
 
 
 class _Hashes:

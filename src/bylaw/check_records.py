@@ -71,7 +71,7 @@ def _principles(ledger: Ledger, record: Record) -> Iterator[str]:
 
 
 def _pairs_beside(ledger: Ledger, name: str) -> dict[str, Record]:
-    """The pairs that a file of preferences labels: those of the nearest folder above it that has some, or the stage's."""
+    """The pairs that a file of preferences labels: of the nearest folder above it that has some, or of the stage."""
     if PurePosixPath(name).name != "preferences.jsonl":
         return {}
     for folder in PurePosixPath(name).parents:
