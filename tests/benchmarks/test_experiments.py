@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+import bylaw.benchmarks.village.experiments.revisions as revisions_module
+from bylaw.benchmarks.village.experiments.bench import Bench
 from bylaw.benchmarks.village.experiments.findings import EXPERIMENTS
 from bylaw.benchmarks.village.experiments.page import table, write_page
 from bylaw.experiment import NAMES, ExperimentConfig, measure
+from bylaw.model.records import read_records
 
 Rows = list[dict[str, Any]]
 
@@ -52,6 +55,34 @@ def test_what_was_seen_is_said_also_where_it_differs_from_the_paper(curve: list[
     told = EXPERIMENTS["revisions"].seen(revisions(curve))
     assert said in told
     assert ("As in the paper." in told) == (curve == sorted(curve)) != ("Unlike in the paper." in told)
+
+
+def test_the_number_of_principles_counts_only_where_they_are_alike_in_breadth() -> None:
+    def told(*harmless: float) -> str:
+        names = ("1 on every harm", "2 on every harm", "first 7")
+        rows = [
+            {"variant": name, "seed": 0, "revisions": n, "harmless": value}
+            for name, value in zip(names, harmless, strict=True)
+            for n in (1, 4)
+        ]
+        return EXPERIMENTS["principles"].seen(rows)
+
+    assert "as in the paper" in told(0.9, 0.92, 0.4) and "40% (first 7)" in told(0.9, 0.92, 0.4)
+    assert "unlike in the paper" in told(0.9, 0.8, 0.9)
+
+
+def test_revisions_are_measured_by_running_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The village's own base on a few asks: it complies, and revises most of it away."""
+    monkeypatch.setattr(revisions_module, "HARMFUL", revisions_module.HARMFUL[::30])
+    rows = EXPERIMENTS["principles"].measure(Bench(tmp_path, 0))
+    assert [row["variant"] for row in rows[::5]] == [
+        "1 on every harm", "2 on every harm", "3 on every harm", "first 4", "first 7"
+    ]  # fmt: skip
+    assert all(row["harmless"] < 0.5 for row in rows if row["revisions"] == 0)
+    assert all(row["harmless"] > 0.6 for row in rows if row["revisions"] == 4)
+    kept = read_records(tmp_path / "principles-3-on-every-harm.jsonl")
+    used = {one["principle"]["id"] for chain in kept for one in chain["rounds"]}
+    assert used == {"broad-1", "broad-2", "broad-3"}
 
 
 def test_an_amendment_is_told_there_and_elsewhere() -> None:

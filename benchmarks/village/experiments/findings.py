@@ -34,14 +34,14 @@ def _critiques(rows: Rows) -> str:
 
 def _principles(rows: Rows) -> str:
     names = [name for (name,) in groups(("variant",), rows)]
-    after = {n: [average(rows, "harmless", variant=name, revisions=n) for name in names] for n in (1, 4)}
-    told = "; ".join(
-        f"after {'one revision' if n == 1 else 'four'} "
-        + ", ".join(f"{value:.0%} with the {name}" for name, value in zip(names, values, strict=True))
-        for n, values in after.items()
+    after = {n: {name: average(rows, "harmless", variant=name, revisions=n) for name in names} for n in (1, 4)}
+    told = {n: ", ".join(f"{value:.0%} ({name})" for name, value in one.items()) for n, one in after.items()}
+    alike = [[value for name, value in one.items() if "every harm" in name] for one in after.values()]
+    return (
+        f"after one revision {told[1]}; after four {told[4]}. Of principles alike in breadth: "
+        f"{_agrees(max(map(_range, alike)) < 0.05).lower()} Where the later ones cover fewer harms, it takes more "
+        "revisions until one is drawn that speaks of the harm."
     )
-    note = "Here, unlike there, the later principles cover fewer harms: a broad one drawn each time needs one revision."
-    return f"{told}. {_agrees(max(map(_range, after.values())) < 0.05)} {note}"
 
 
 def _range(values: list[float]) -> float:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from bylaw.benchmarks.village.evaluate import mean, revision_curve, verdict_of
 from bylaw.benchmarks.village.experiments.bench import HARMFUL, Bench, Row
-from bylaw.constitution.schema import Constitution
+from bylaw.benchmarks.village.rules import ALL_KINDS, STATEMENTS
+from bylaw.constitution.schema import Constitution, Principle
 from bylaw.inputs import Run
 from bylaw.model.records import Record, read_records
 from bylaw.sl_cai.revise import Reviser, revise
@@ -22,28 +23,36 @@ def critiqued_or_direct(bench: Bench) -> list[Row]:
 
 
 def by_principles(bench: Bench) -> list[Row]:
-    """Critiques by the first 1, 2, 4 and all principles that forbid, of which the later cover fewer harms, and the same
-    number of revisions.
+    """Critiques by 1, 2 and 3 principles that each forbid every harm, as the paper's are alike in breadth; and by the
+    first 4 and all 7 that forbid in the constitution, of which the later cover fewer harms.
     """
-    rows = []
-    for count in (1, 2, 4, 7):
-        chains = _chains(bench, f"principles-{count}", count=count)
-        rows += _rows(bench, chains, f"first {count}")
-    return rows
+    constitution = Run(bench.recipe).constitution
+    broad = {f"{count} on every harm": _broad(constitution, count) for count in (1, 2, 3)}
+    first = {f"first {count}": replace(constitution, principles=constitution.principles[:count]) for count in (4, 7)}
+    return [
+        row
+        for name, one in (broad | first).items()
+        for row in _rows(bench, _chains(bench, f"principles-{name.replace(' ', '-')}", one), name)
+    ]
 
 
-def _chains(bench: Bench, name: str, count: int = 0, critiques: bool = True) -> list[Record]:
+def _broad(constitution: Constitution, count: int) -> Constitution:
+    """`count` principles that forbid every harm, each in other words."""
+    statements = [form.format(kinds=ALL_KINDS) for form in STATEMENTS["forbids"][:count]]
+    named = [(f"broad-{n}", statement[0].upper() + statement[1:]) for n, statement in enumerate(statements, 1)]
+    principles = (
+        Principle(id=id, title=id, statement=statement, sources=("an experiment",)) for id, statement in named
+    )
+    return replace(constitution, principles=tuple(principles))
+
+
+def _chains(bench: Bench, name: str, constitution: Constitution | None = None, critiques: bool = True) -> list[Record]:
     run = Run(bench.recipe)
     config = replace(run.recipe.revise, critiques=critiques)
     sampler = run.sampler(run.model(run.recipe.base), run.recipe.base, config)
-    constitution = _first(run.constitution, count) if count else run.constitution
     path = bench.folder / f"{name}.jsonl"
-    revise(Reviser(sampler=sampler, constitution=constitution, config=config), HARMFUL, path)
+    revise(Reviser(sampler=sampler, constitution=constitution or run.constitution, config=config), HARMFUL, path)
     return read_records(path)
-
-
-def _first(constitution: Constitution, count: int) -> Constitution:
-    return replace(constitution, principles=constitution.principles[:count])
 
 
 def _rows(bench: Bench, chains: list[Record], variant: str) -> list[Row]:
