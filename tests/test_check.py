@@ -170,6 +170,18 @@ def test_inputs_from_outside_are_notes(run: Path, finished: Path) -> None:
     assert "note: stage revise read" in report(run, found)
 
 
+def test_a_run_that_was_moved_has_its_own_prompt_files_with_it(run: Path, finished: Path) -> None:
+    """As the demo's, whose prompts lie in the run."""
+    shutil.copy2(finished.parent / "prompts.jsonl", run / "prompts.jsonl")
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(finished.parent / "prompts.jsonl"), "/gone/prompts.jsonl"))
+    write_sums(run, "recipe.toml", "prompts.jsonl")
+    assert check(run).problems == check(run).notes == []
+    edit(run / "revise" / "chains.jsonl", 0, lambda one: one["prompt"][0].update(content="x"))
+    forge(run)
+    assert any("reads otherwise in the prompt files" in one for one in check(run).problems)
+
+
 def test_ppo_that_a_judge_scored_is_sound(run: Path) -> None:
     path, label = run / "ppo" / "manifest.json", json.loads((run / "label" / "manifest.json").read_text())
     manifest = json.loads(path.read_text())

@@ -165,7 +165,7 @@ def _check_outside(ledger: Ledger, name: str, input: str, hash: str, hashes: _Ha
             found.problems.append(f"stage {name} was judged by another finetune/sl-cai ({hash[:16]}...)")
         return
     if hash and not (input == "judge" and is_server(ledger.recipe.judge)):
-        _note(name, _OUTSIDE[input](ledger.recipe), hash, hashes, found)
+        _note(name, ledger.outside(_OUTSIDE[input](ledger.recipe)), hash, hashes, found)
 
 
 def _check_examples(ledger: Ledger, name: str, hash: str, found: Findings) -> None:

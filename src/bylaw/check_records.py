@@ -94,7 +94,8 @@ def _prompts(ledger: Ledger) -> dict[str, Prompt] | None:
     inputs: dict[str, Any] = next(
         (one["inputs"] for one in ledger.manifests.values() if "prompts" in one["inputs"]), {}
     )
-    files = {"prompts": recipe.prompts} | ({"helpful": Path(recipe.helpful)} if recipe.helpful else {})
+    named = {"prompts": recipe.prompts} | ({"helpful": Path(recipe.helpful)} if recipe.helpful else {})
+    files = {kind: ledger.outside(path) for kind, path in named.items()}
     if not all(path.is_file() and sha256_file(path) == inputs.get(kind) for kind, path in files.items()):
         return None
     return {prompt.id: prompt for path in files.values() for prompt in read_prompts(path)}

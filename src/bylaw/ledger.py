@@ -162,12 +162,19 @@ class Ledger:
             return told | {"problem": f"not in {where}" if there else f"there is no {where}"}
         return told | {"title": found.title, "statement": found.statement}
 
+    def outside(self, path: Path) -> Path:
+        """A file that the recipe names; the one of that name in the run, where it is gone: a run that was moved has
+        taken along what lay in it.
+        """
+        here = self.run / path.name
+        return here if not path.exists() and here.exists() else path
+
     @cached_property
     def sources(self) -> list[dict[str, Any]]:
         """The recipe's prompt files: path, kind, the line of each id, and whether the file is as the run read it."""
         inputs = next((one["inputs"] for one in self.manifests.values() if "prompts" in one["inputs"]), {})
         named = {"prompts": self.recipe.prompts, "helpful": Path(self.recipe.helpful) if self.recipe.helpful else None}
-        return [_source(kind, path, inputs.get(kind)) for kind, path in named.items() if path is not None]
+        return [_source(kind, self.outside(path), inputs.get(kind)) for kind, path in named.items() if path]
 
     def records(self, name: str, kind: str = "") -> list[Record]:
         """Those of a file, none if it is not there; a torn last line, as a writer at work may leave it, is not one.
