@@ -23,7 +23,7 @@ from bylaw.report.gather import gather
 from bylaw.report.page import render
 from bylaw.report.panels import POINTS, thinned
 from bylaw.report.sample import sample
-from bylaw.report.words import number, percent, visible, word_diff
+from bylaw.report.words import number, percent, points, share, signed, visible, word_diff
 from bylaw.sums import SUMS, read_sums, write_sums
 
 HOSTILE = (
@@ -231,8 +231,12 @@ def test_word_diff_by_hand() -> None:
 def test_numbers_as_people_read_them() -> None:
     shown = [number(value) for value in (1917, -0.01285, 0.75, 12345.6, None, 0.0)]
     assert shown == ["1,917", "−0.0129", "0.75", "12,346", "–", "0"]
-    shares = [percent(value).replace("\u202f", " ") for value in (0.5, 0.001, 0.0, None)]
-    assert shares == ["50 %", "under 1 %", "0 %", "–"]
+    shares = [percent(value).replace("\u202f", " ") for value in (0.5, 0.001, 0.0, 0.997, 1.0, None)]
+    assert shares == ["50 %", "under 1 %", "0 %", "over 99 %", "100 %", "–"]
+    few = [share(value, of, 1).replace("\u202f", " ") for value, of in ((0.5, 8), (0.5, 20), (0.0, 0), (0.5, None))]
+    assert few == ["50.0 % of\u00a08", "50.0 %", "–", "50.0 %"]
+    assert [points(value) for value in (0.121, -0.05, 0.0004)] == ["12.1 points", "5 points", "under 0.1 points"]
+    assert [signed(value) for value in (0.0113, -0.006, -0.0001, None)] == ["+1.1", "−0.6", "0.0", "–"]
 
 
 def test_a_sample_has_every_principle_and_keeps_its_budget() -> None:
@@ -298,7 +302,7 @@ def test_flags_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
     (folder / "summary.json").write_text(json.dumps(worse))
     words = " ".join(Reader(render(gather(folder), ReportConfig())).words.split()).replace("\u202f", " ")
     for flag in (
-        "leans to the answer shown first. By 35.0 points", "The order often decides", "the other answer in 100 %",
+        "leans to the answer shown first. By 35 points", "The order often decides", "the other answer in 100 %",
         "does not answer with a letter. On average 40 %", "3.2 % of the labels abstain",
         "Labels lean to answer A. The mean label is 55.0 %", "3.2 % of the answers are cut off", "preamble: 1 text",
         "“Kindness” almost never changes an answer. 1 of 31 critiques", "answer it agrees with 52 %, by how sure",
