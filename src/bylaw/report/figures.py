@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from bylaw.report.words import number
+from bylaw.report.words import number, visible
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 28, 40
@@ -119,13 +119,13 @@ def meter(share: float | None, label: str) -> Markup:
     return Markup(
         '<svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" role="img" aria-label="{}">'
         '<rect class="track" width="100" height="8"/><rect class="fill" width="{:.1f}" height="8"/></svg>'
-    ).format(label, full)
+    ).format(visible(label), full)
 
 
 def _figure(title: str, x: Axis, y: Axis, drawn: Sequence[Markup]) -> Markup:
     parts = [*_grid(x, y), *drawn]
     return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, title, Markup("\n").join(parts)
+        WIDTH, HEIGHT, visible(title), Markup("\n").join(parts)
     )
 
 
@@ -144,7 +144,7 @@ def _grid(x: Axis, y: Axis) -> list[Markup]:
 
 def _dot(point: Point, x: Axis, y: Axis) -> Markup:
     across, up = _across(point.x, x), _up(point.y, y)
-    name = Markup("<title>{}: {}, {}</title>").format(point.label or "", x.text(point.x), y.text(point.y))
+    name = Markup("<title>{}: {}, {}</title>").format(visible(point.label), x.text(point.x), y.text(point.y))
     dot = Markup('<circle class="dot tone{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}">{}</circle>')
     drawn = dot.format(point.tone, across, up, point.size, name)
     if not point.label:
@@ -156,7 +156,7 @@ def _dot(point: Point, x: Axis, y: Axis) -> Markup:
 
 def _text(text: str, x: float, y: float, anchor: str, kind: str = "tick") -> Markup:
     shape = Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    return shape.format(kind, x, y, anchor, escape(text))
+    return shape.format(kind, x, y, anchor, visible(text))
 
 
 def _path(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> str:
