@@ -170,7 +170,7 @@ def test_a_reader_finds_everything(page: str) -> None:
     for told in (
         "my run", "“small”, a constitution of 2 principles", "“base-x”", "seed 3", "helped with 96 % of harmful",
         "now with 2 %", "The answer is kind .", "it never hurts", "Shown are all 3 chains", "the answer hurts .",
-        "answered 3 requests", "bylaw trace", "p-0#0", "Kindness against Care", "Expected calibration error 0.05",
+        "answered 3 requests", "bylaw trace", "p-0#0", "Kindness against Care", "calibration error 0.05",
 
         "1 min 30 s", "let me think of it .", "(91.0 % before the clamp)", "prefix", "Sure : i will not help .",
         "2026-01-02T03:04:05Z", "89.0 % of the labels that decide are right",

@@ -1,8 +1,84 @@
 """The report's part on the judge: how its labels are shown and drawn, what is known of it, its marks."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import CARE, KIND, THOUGHTS, Reader, preference, reading, whole_run, write
+
+from bylaw.attribution import attribute
+from bylaw.report import ReportConfig
 from bylaw.report.figures import Axis, Point, bars, scatter
+from bylaw.report.gather import gather
+from bylaw.report.judged import judge
+from bylaw.report.page import render
+from bylaw.report.shown import deciders, side, verdict
+from bylaw.rlaif.trust import trust
 
 TURN = "\u202egnp"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return whole_run(tmp_path / "run")
+
+
+def words_of(folder: Path) -> str:
+    return " ".join(Reader(render(gather(folder), ReportConfig())).words.split()).replace("\u202f", " ")
+
+
+def panels(folder: Path) -> dict[str, Any]:
+    return {panel.title: panel for panel in judge(gather(folder))}
+
+
+def test_what_is_decided_is_what_attribution_says() -> None:
+    """At the threshold itself floating point makes 0.45 nearer to a half than 0.55."""
+    assert [side(p) for p in (0.55, 0.45, 0.5499, 0.4501, 0.5)] == ["a", "b", "", "", ""]
+    for first, second in ((0.55, 0.45), (0.45, 0.55), (0.9, 0.81)):
+        one = preference("p", "yes .", "no .", reading(KIND, first, second), reading(CARE, 0.5, 0.5))
+        effect = next(row for row in attribute([], [one], gather_constitution()).principles if row.id == "kind")
+        assert (effect.decided == 1.0) == ("kind" in [id for id, _, _ in deciders(one)])
+    same = preference("p", "yes .", "yes .", reading(KIND, 0.9, 0.1))
+    assert verdict(same) == "same" and verdict(preference("p", "a", "b", abstained="no letter")) == "abstained"
+
+
+def gather_constitution() -> Any:
+    from test_report import OURS
+
+    return OURS
+
+
+def test_labels_of_one_half_lie_in_the_middle(folder: Path) -> None:
+    """Exact halves once fell into the bar right of the middle, and looked like a lean to A."""
+    half, sure = reading(KIND, 0.5, 0.5), reading(KIND, 0.9, 0.1)
+    made = [preference(f"p-{n}", "yes .", "no .", half) for n in range(5)]
+    made += [preference(f"s-{n}", "yes .", "yes .", half) for n in range(3)] + [preference("q", "yes .", "no .", sure)]
+    write(folder / "label" / "preferences.jsonl", *made)
+    labels = panels(folder)["Labels"]
+    middle = [row for row in labels.rows if row[0] < 0.5 < row[1]]
+    assert len(labels.rows) % 2 == 1 and [row[2] for row in middle] == [5]
+    assert sum(row[2] for row in labels.rows) == 6 and "Left out: 3 pairs of twice the same text" in labels.note
+    assert "Of 6 labels 1 prefer A, 0 prefer B, and 5 lie near one half" in labels.note
+
+
+def test_axes_go_where_the_readings_are(folder: Path) -> None:
+    made = [preference(f"p-{n}", "yes .", "no .", reading(KIND, 0.6, 0.44, mass=0.997)) for n in range(4)]
+    write(folder / "label" / "preferences.jsonl", *made)
+    bias, mass = panels(folder)["Position bias"], panels(folder)["Option mass"]
+    assert bias.rows[0][0] == -bias.rows[-1][1] == -0.02 and len(bias.rows) % 2 == 1
+    assert (mass.rows[0][0], mass.rows[-1][1]) == (0.995, 1.0)
+    measured = trust(made)
+    counts = measured["position_bias"]["histogram"], measured["option_mass"]["histogram"]
+    assert (sum(row[2] for row in bias.rows), sum(row[2] for row in mass.rows)) == tuple(map(sum, counts)) == (4, 8)
+
+
+def test_thoughts_are_asked_each_by_itself(folder: Path) -> None:
+    each = {
+        f"{order}_each": [{"mass": 0.9, "p_first": 0.5}, {"abstained": "too long"}] for order in ("a_first", "b_first")
+    }
+    one = preference("p", "yes .", "no .", reading(KIND, 0.9, 0.1) | each | {"thoughts": THOUGHTS})
+    write(folder / "label" / "preferences.jsonl", one)
+    assert sum(row[2] for row in panels(folder)["Option mass"].rows) == 2
 
 
 def test_a_hidden_character_does_not_reach_a_figure() -> None:

@@ -46,7 +46,7 @@ class Axis:
     @property
     def ticks(self) -> list[float]:
         """Three to seven round numbers within the axis."""
-        step = _round_step((self.high - self.low) / 6)
+        step = round_up((self.high - self.low) / 6)
         first = math.ceil(self.low / step - 1e-9)
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -122,6 +122,12 @@ def meter(share: float | None, label: str) -> Markup:
     ).format(visible(label), full)
 
 
+def round_up(rough: float) -> float:
+    """The nearest of 1, 2, 5 times a power of ten, not below `rough`, which is above 0."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+
+
 def _figure(title: str, x: Axis, y: Axis, drawn: Sequence[Markup]) -> Markup:
     parts = [*_grid(x, y), *drawn]
     return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
@@ -169,9 +175,3 @@ def _across(value: float, x: Axis) -> float:
 
 def _up(value: float, y: Axis) -> float:
     return HEIGHT - BOTTOM - (value - y.low) / (y.high - y.low or 1) * (HEIGHT - TOP - BOTTOM)
-
-
-def _round_step(rough: float) -> float:
-    """The nearest of 1, 2, 5 times a power of ten, not below `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

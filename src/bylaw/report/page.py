@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from bylaw.attribution import DECIDED, Attribution, Conflict, attribute
 from bylaw.model.records import Record, write_atomic
 from bylaw.model.settings import require
-from bylaw.report import behaviour, flags, panels, story, words
+from bylaw.report import behaviour, flags, judged, panels, story, words
 from bylaw.report.figures import meter
 from bylaw.report.gather import RunFacts, gather
 from bylaw.report.sample import sample
@@ -87,7 +87,7 @@ def render(run: RunFacts, config: ReportConfig) -> str:
         "stakes": behaviour.stakes(run.summary),
         "pareto": [panel for panel in (panels.pareto(run.summary), panels.revision_curve(run.summary)) if panel],
         "curves": panels.curves(run),
-        "judge": panels.judge(run, measured),
+        "judge": judged.judge(run),
         "trace": partial(trace_command, run.folder),
         "evaluate": f"bylaw evaluate {shlex.quote(str(run.folder))} --harmful FILE --benign FILE",
     }

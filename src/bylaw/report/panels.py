@@ -1,4 +1,4 @@
-"""The figures of a run, each with its numbers as a table."""
+"""The figures of what the models do and of their training, each with its numbers as a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,8 @@ from markupsafe import Markup
 
 from bylaw.model.records import Record
 from bylaw.report.behaviour import models
-from bylaw.report.figures import Axis, Point, Series, axis, bars, histogram, line_chart, scatter
+from bylaw.report.figures import Axis, Point, Series, axis, line_chart, scatter
 from bylaw.report.gather import RunFacts
-from bylaw.report.words import number
 
 POINTS = 160
 """Points of a curve at most: more steps are shown as means of equal stretches, and the caption says so."""
@@ -34,8 +33,6 @@ CURVES = (
     ("ppo", "objective/entropy", "Entropy", "nats per answer", "Near 0, the model says the same each time."),
     ("ppo", "val/response_tokens", "Answer length", "tokens", "A sudden rise or fall is a warning."),
 )
-BIAS_NOTE = "Each question is asked in both orders and averaged, so a constant lean cancels."
-MASS_NOTE = "Below 1 the judge wanted to say something else."
 SHARES = ("accuracy", "rewards/accuracies")
 
 
@@ -123,64 +120,3 @@ def revision_curve(summary: Mapping[str, Any]) -> Panel | None:
     note = "How many first answers to harmful asks do no harm after so many rounds of critique and revision."
     svg = scatter(title, dots, x, y, join=True)
     return Panel(title, svg, note, ("revisions", "harmless"), list(enumerate(round(v, 4) for v in values)))
-
-
-def judge(run: RunFacts, measured: Record) -> list[Panel]:
-    """How far to trust the labels: calibration, position bias, option mass, and how decided they are."""
-    bins = run.stages["reward"].counts.get("heldout_reliability")
-    ece = run.stages["reward"].counts.get("heldout_ece")
-    found = [_reliability("Reward model against labels", bins, ece), _label_reliability(run.summary)]
-    found += [_reliability(f"Judge on {one['file']}", one["reliability"], one["ece"]) for one in run.known]
-    spread = [measured["position_bias"], measured["option_mass"]]
-    found += [
-        _bars("Position bias", spread[0], -0.5, "towards the answer shown first", BIAS_NOTE),
-        _bars("Option mass", spread[1], 0.0, "probability on the letters A and B", MASS_NOTE),
-        _labels([p["p_a"] for p in run.preferences if p["p_a"] is not None]),
-    ]
-    return [panel for panel in found if panel]
-
-
-def _label_reliability(summary: Mapping[str, Any]) -> Panel | None:
-    found = summary.get("label_reliability")
-    table = (
-        found.get("reliability") if isinstance(found, Mapping) else found
-    )  # whole, as `calibration` has it, or the table
-    return _reliability("Labels against known answers", table, summary.get("label_ece"))
-
-
-def _reliability(title: str, bins: object, ece: float | None) -> Panel | None:
-    """Mean prediction and outcome of each bin, dots as large as the bin is full."""
-    if not isinstance(bins, list):
-        return None
-    keys = ("predicted", "label") if any("label" in one for one in bins) else ("predicted", "right")
-    rows = [(one["pairs"], one[keys[0]], one[keys[1]]) for one in bins if one.get("pairs") and keys[1] in one]
-    if not rows:
-        return None
-    most = max(count for count, *_ in rows)
-    dots = [Point(p, seen, "", 3 + 7 * (count / most) ** 0.5) for count, p, seen in rows]
-    x, y = Axis("predicted", 0.0, 1.0, True), Axis("found", 0.0, 1.04, True)
-    says = f"Expected calibration error {number(ece)}. " if ece is not None else ""
-    note = says + "On the line, a prediction of 70 % is right 7 times in 10. Larger dots hold more pairs."
-    svg = scatter(title, dots, x, y, diagonal=True)
-    table = [(count, round(p, 4), round(seen, 4)) for count, p, seen in rows]
-    return Panel(title, svg, note, ("pairs", "predicted", "found"), table)
-
-
-def _bars(title: str, spread: Record | None, low: float, unit: str, note: str) -> Panel | None:
-    """A histogram of `trust`: equal bins from `low` to `low` + 1."""
-    if spread is None:
-        return None
-    counts = spread["histogram"]
-    edges = [low + n / len(counts) for n in range(len(counts) + 1)]
-    return _counted(title, edges, counts, unit, f"Mean {number(round(spread['mean'], 4))}. {note}")
-
-
-def _labels(values: Sequence[float]) -> Panel | None:
-    note = "Near one half the judge could not tell; near 0 or 1 it is sure."
-    return _counted("Labels", *histogram(values, 0.0, 1.0, 20), "p(A is better)", note) if values else None
-
-
-def _counted(title: str, edges: Sequence[float], counts: Sequence[int], unit: str, note: str) -> Panel:
-    svg = bars(title, edges, counts, Axis(unit, edges[0], edges[-1]), "count")
-    rows = [(round(a, 6), round(b, 6), n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    return Panel(title, svg, note, ("from", "to", "count"), rows)
