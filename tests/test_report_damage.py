@@ -1,5 +1,6 @@
 """A run whose files are damaged: the report names the file and the place in it, and makes no page."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,10 @@ def test_a_damaged_recipe_is_named(folder: Path, line: str) -> None:
     (folder / "recipe.toml").write_text(f"{line}\n")
     with pytest.raises(ValueError, match=r"recipe.toml: \w+ = .* is not possible; allowed: .*bylaw check"):
         page_of(folder)
+
+
+def test_null_where_nothing_is_known_is_no_damage(folder: Path) -> None:
+    told = SUMMARY | {"label_ece": None, "silent_refusal": None, "dpo_cai": None, "labels_decided": None}
+    (folder / "summary.json").write_text(json.dumps(told))
+    write(folder / "judge" / "x" / "measures.json", {"file": "x", "questions": 3, "read": 0, "accuracy": None})
+    assert "89.0\u202f%" in page_of(folder)

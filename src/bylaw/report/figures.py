@@ -42,11 +42,13 @@ class Axis:
     low: float
     high: float
     share: bool = False
+    whole: bool = False
+    """Whether it counts, such as steps."""
 
     @property
     def ticks(self) -> list[float]:
-        """Three to seven round numbers within the axis."""
-        step = round_up((self.high - self.low) / 6)
+        """Three to seven round numbers within the axis; fewer where it counts only so far."""
+        step = max(round_up((self.high - self.low) / 6), float(self.whole))
         first = math.ceil(self.low / step - 1e-9)
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -109,17 +111,6 @@ def histogram(values: Sequence[float], low: float, high: float, bins: int) -> tu
         place = int((value - low) / (high - low) * bins)
         counts[min(max(place, 0), bins - 1)] += 1
     return [low + (high - low) * n / bins for n in range(bins + 1)], counts
-
-
-def meter(share: float | None, label: str) -> Markup:
-    """A small bar of a share, for tables."""
-    if share is None:
-        return Markup("")
-    full = min(max(share, 0.0), 1.0) * 100
-    return Markup(
-        '<svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" role="img" aria-label="{}">'
-        '<rect class="track" width="100" height="8"/><rect class="fill" width="{:.1f}" height="8"/></svg>'
-    ).format(visible(label), full)
 
 
 def round_up(rough: float) -> float:

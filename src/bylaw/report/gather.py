@@ -13,8 +13,9 @@ from bylaw.judging import JUDGED, MEASURES
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object
 from bylaw.recipe import EVERY_STAGE
 from bylaw.report import forms
-from bylaw.report.behaviour import summary_of
+from bylaw.report.behaviour import Evaluation, evaluations
 from bylaw.report.forms import check_form
+from bylaw.report.marks import Marks, marks_of
 from bylaw.sums import BEGUN, MANIFEST
 
 State = Literal["finished", "begun", "absent"]
@@ -31,7 +32,7 @@ class StageFacts:
 
     @property
     def counts(self) -> Record:
-        return self.manifest.get("counts", {})
+        return self.manifest.get("counts") or {}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,13 @@ class RunFacts:
     chains: list[Record]
     preferences: list[Record]
     summary: Record
+    """What a world's oracle found, as summary.json has it; empty without one."""
+    evaluations: list[Evaluation]
+    """What the models do: as the oracle reads their answers, as rules read them, or both."""
     known: list[Record]
     """What `bylaw judge` found of the run's judge, file by file."""
+    marks: list[Marks]
+    """Of a recipe in which the judge itself gives the rewards: its marks by principle."""
 
 
 def gather(folder: Path) -> RunFacts:
@@ -66,18 +72,27 @@ def _gather(folder: Path) -> RunFacts:
     stages = {name: _stage(folder / name, name) for name in EVERY_STAGE}
     chains = list(_records(folder / "revise" / "chains.jsonl", stages["revise"].state, forms.CHAIN))
     preferences = list(_records(folder / "label" / "preferences.jsonl", stages["label"].state, forms.LABEL))
-    for path, form in (("summary.json", forms.SUMMARY), (f"{BEHAVIOUR}/{FOUND}", forms.EVALUATION)):
-        _object(folder / path, form)
+    rollouts = _records(folder / "ppo" / "rollouts.jsonl", stages["ppo"].state, forms.ROLLOUT)  # not yet read
+    summary = _object(folder / "summary.json", forms.SUMMARY)
+    constitution = _constitution(folder, recipe, [*preferences[-1:], *chains[-1:]])
+    ids = [principle.id for principle in constitution.principles]
     return RunFacts(
         folder=folder,
         recipe=recipe,
         stages=stages,
-        constitution=_constitution(folder, recipe, [*preferences[-1:], *chains[-1:]]),
+        constitution=constitution,
         chains=chains,
         preferences=preferences,
-        summary=summary_of(folder),
+        summary=summary,
+        evaluations=evaluations(summary, _object(folder / BEHAVIOUR / FOUND, forms.EVALUATION)),
         known=[_object(path, forms.KNOWN) for path in sorted((folder / JUDGED).glob(f"*/{MEASURES}"))],
+        marks=marks_of(rollouts, ids) if rewards_by_judge(recipe) else [],
     )
+
+
+def rewards_by_judge(recipe: Mapping[str, Any]) -> bool:
+    """Whether the judge's marks score PPO's answers, without pairs, labels or a reward model."""
+    return recipe.get("last", "ppo") == "ppo" and recipe.get("ppo", {}).get("reward") == "judge"
 
 
 def _recipe(path: Path) -> Record:
