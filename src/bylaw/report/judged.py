@@ -54,7 +54,7 @@ def _labels(preferences: Sequence[Record]) -> Panel | None:
     alike = sum(not one["abstained"] and same(one) for one in preferences)
     note = (
         f"Of {many(len(kept), 'label')} {sides['a']:,} prefer A, {sides['b']:,} prefer B, and {sides['']:,} lie near "
-        "one half, where the judge could not tell."
+        "one half: the judge could not tell, or its principles pull to both sides."
     )
     note += f" Left out: {many(alike, 'pair')} of twice the same text." if alike else ""
     edges, counts = histogram(kept, 0.0, 1.0, BINS)
