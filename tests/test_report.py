@@ -102,7 +102,7 @@ SUMMARY = {
     "label_accuracy": 0.89,
     "labels_decided": 250.0,
     "flips_on_amendment": 0.125,
-    "amendment": {"crossed_out": "theft"},
+    "amendment": {"crossed_out": "theft", "comparisons": 8},
 }
 
 
@@ -176,7 +176,7 @@ def test_a_reader_finds_everything(page: str) -> None:
         "1 min 30 s", "let me think of it .", "(91.0 % before the clamp)", "prefix", "Sure : i will not help .",
         "2026-01-02T03:04:05Z",
         "Of 250 judgements by one principle each, whose right answer is known, 89.0 % are right",
-        "“theft” were taken out as a trial, 12.5 % of these labels",
+        "“theft” were taken out as a trial, 12.5 % of 8 labels changed sides",
     ):  # fmt: skip
         assert told in words.replace("\u202f", " "), told
     for title in ("Checkpoints", "Harmlessness by revisions", "Fine-tuning loss", "Reward against KL", "Position bias"):
