@@ -1,11 +1,10 @@
-"""The report of a run folder written by hand: what stands on the page, what cannot break out of it, and a browser."""
+"""The report of a run folder written by hand: what stands on the page, and what cannot break out of it."""
 
 import base64
 import hashlib
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,10 +19,10 @@ from bylaw.constitution.write import dump_constitution
 from bylaw.report import ReportConfig, write_report
 from bylaw.report.figures import Axis, Series, line_chart
 from bylaw.report.gather import gather
-from bylaw.report.page import render
+from bylaw.report.page import CHAINS_BUDGET, LABELS_BUDGET, render
 from bylaw.report.panels import POINTS, thinned
 from bylaw.report.sample import sample
-from bylaw.report.words import number, percent, visible, word_diff
+from bylaw.report.words import number, percent, points, share, signed, visible, word_diff
 from bylaw.sums import SUMS, read_sums, write_sums
 
 HOSTILE = (
@@ -101,8 +100,9 @@ SUMMARY = {
     "rl_cai": {"complied_harmful": 0.0167, "helpful_benign": 0.973, "answers": 765.0},
     "revision_curve": [0.0, 0.45, 0.75],
     "label_accuracy": 0.89,
+    "labels_decided": 250.0,
     "flips_on_amendment": 0.125,
-    "amendment": {"crossed_out": "theft"},
+    "amendment": {"crossed_out": "theft", "comparisons": 8},
 }
 
 
@@ -168,22 +168,23 @@ class Reader(HTMLParser):
 def test_a_reader_finds_everything(page: str) -> None:
     words = " ".join(Reader(page).words.split())
     for told in (
-        "my run", "“small”, a constitution of 2 principles", "“base-x”", "seed 3", "helped with 96 % of harmful",
-        "now with 2 %", "The answer is kind .", "it never hurts", "Shown are all 3 chains", "the answer hurts .",
-        "answered 3 requests", "bylaw trace", "p-0#0", "Kindness against Care", "Expected calibration error 0.05",
-
+        "my run", "“small”, a constitution of 2 principles", "“base-x”", "seed 3", "helped with 95.6 % of harmful",
+        "helps with 1.7 % now", "The answer is kind .", "it never hurts", "Shown are all 3 chains",
+        "the answer hurts .", "answered 3 requests", "bylaw trace 'my run'", "p-0#0", "Kindness against",
+        "calibration error 0.05", "From 1 to 0.25. Lower", "Before (base)", "After revisions (SL-CAI)",
+        "Final (RL-CAI)", "Before: the model as it came",
         "1 min 30 s", "let me think of it .", "(91.0 % before the clamp)", "prefix", "Sure : i will not help .",
-        "2026-01-02T03:04:05Z", "89.0 % of the labels that decide are right",
-        "“theft” were taken out as a trial, 12.5 % of these labels",
+        "2026-01-02T03:04:05Z",
+        "Of 250 judgements by one principle each, whose right answer is known, 89.0 % are right",
+        "“theft” were taken out as a trial, 12.5 % of 8 labels changed sides",
     ):  # fmt: skip
         assert told in words.replace("\u202f", " "), told
     for title in ("Checkpoints", "Harmlessness by revisions", "Fine-tuning loss", "Reward against KL", "Position bias"):
         assert f"<h3>{title}</h3>" in page
     assert "<ins>ask them </ins>first <del>fetch the rope </del>." in page
-    assert "Revision: the same answer again." in page
     # Of principle "kind": drawn once, and it changed the answer.
     card = page[page.index('id="principle-kind"') : page.index('id="principle-care"')]
-    assert "<dd>1 time</dd>" in card and "<dd>100\u202f%</dd>" in card
+    assert "Drawn for 1 critique, of which 100\u202f% changed the answer." in card
 
 
 def test_what_a_model_wrote_stays_text(page: str) -> None:
@@ -231,15 +232,21 @@ def test_word_diff_by_hand() -> None:
 def test_numbers_as_people_read_them() -> None:
     shown = [number(value) for value in (1917, -0.01285, 0.75, 12345.6, None, 0.0)]
     assert shown == ["1,917", "−0.0129", "0.75", "12,346", "–", "0"]
-    shares = [percent(value).replace("\u202f", " ") for value in (0.5, 0.001, 0.0, None)]
-    assert shares == ["50 %", "under 1 %", "0 %", "–"]
+    shares = [percent(value).replace("\u202f", " ") for value in (0.5, 0.001, 0.0, 0.997, 1.0, None)]
+    assert shares == ["50 %", "under 1 %", "0 %", "over 99 %", "100 %", "–"]
+    few = [share(value, of, 1).replace("\u202f", " ") for value, of in ((0.5, 8), (0.5, 20), (0.0, 0), (0.5, None))]
+    assert few == ["50.0 % of\u00a08", "50.0 %", "–", "50.0 %"]
+    assert [points(value) for value in (0.121, -0.05, 0.0004)] == ["12.1 points", "5 points", "under 0.1 points"]
+    assert [signed(value) for value in (0.0113, -0.006, -0.0001, None)] == ["+1.1", "−0.6", "0.0", "–"]
 
 
 def test_a_sample_has_every_principle_and_keeps_its_budget() -> None:
     records = [{"id": f"r{n}", "names": ["rare" if n == 70 else "often"]} for n in range(100)]
 
     def draw(most: int, budget: int, seed: int) -> list[str]:
-        return [r["id"] for r in sample(records, lambda r: r["names"], lambda r: 10, most, budget, seed)]
+        drawn = sample(records, lambda r: r["names"], lambda r: "0123456789", most, budget, seed)
+        assert {card for _, card in drawn} == {"0123456789"}
+        return [r["id"] for r, _ in drawn]
 
     assert len(draw(8, 1000, 0)) == 8 and "r70" in draw(8, 1000, 0)
     assert draw(8, 1000, 0) == draw(8, 1000, 0) != draw(8, 1000, 1)
@@ -257,7 +264,9 @@ def test_a_large_run_is_sampled_and_says_so(run: Path, tmp_path: Path) -> None:
     assert len(html.encode()) < 3_000_000
     shown = re.search(r"Shown are <b>(\d+) of 300 chains</b>, drawn with seed 5", html)
     assert shown and int(shown[1]) == html.count('class="item chain"') < 200
-    assert re.search(r"Shown are <b>\d+ of 300 labels</b>", html)
+    for kind, budget in (("chain", CHAINS_BUDGET), ("label", LABELS_BUDGET)):
+        held = sum(map(len, re.findall(f'<article class="item {kind}".*?</article>', html, re.DOTALL)))
+        assert 0.8 * budget < held <= budget  # the room is used
     few = render(gather(run), ReportConfig(chains=1, labels=0))
     assert few.count('class="item chain"') == 1 and "Shown are <b>1 of 3 chains</b>" in few
 
@@ -270,6 +279,7 @@ def test_stages_that_are_missing_are_told(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('base = "b"\nconstitution = "village"\n[ppo]\nreward = "judge"\n')
     judged = Reader(render(gather(tmp_path), ReportConfig())).words
     assert "the judge itself scores" in judged and "“ppo” has not run" in judged and "“reward” has" not in judged
+    assert "“label”" not in judged and "No labels" not in judged and "is to learn to follow" in judged
     write(tmp_path / "revise" / "begun.json", {})
     write(tmp_path / "revise" / "chains.jsonl", CHAINS[0])
     with (tmp_path / "revise" / "chains.jsonl").open("a") as file:
@@ -277,37 +287,6 @@ def test_stages_that_are_missing_are_told(tmp_path: Path) -> None:
     begun = Reader(render(gather(tmp_path), ReportConfig())).words
     assert "Shown are all 1 chain." in begun and "The stage “revise” has not finished" in begun
     assert "The constitution has changed since" in begun  # its records name principles that the village has not
-
-
-def test_flags_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "bad"
-    shutil.copytree(run, folder)
-    marked = chain("p-9", (KIND, "x", "y")) | {"answer": text("Sure , here is", "length", marks=["preamble"])}
-    write(
-        folder / "revise" / "chains.jsonl", *[chain(f"p-{n}", (KIND, "x", "y"), answer="y") for n in range(30)], marked
-    )
-    biased = [preference(f"p-{n}", "yes .", "no .", reading(KIND, 0.9, 0.8, mass=0.4)) for n in range(30)]
-    none = preference("q", "a", "a", abstained="too little probability")
-    write(folder / "label" / "preferences.jsonl", *biased, none)
-    steps = [
-        {"step": n, "objective/kl": 30.0 * n, "collapse/alarms": float(n == 1), "val/ended": 0.5} for n in range(2)
-    ]
-    write(folder / "ppo" / "metrics.jsonl", *steps)
-    finish(folder, "reward", {"heldout_accuracy": 0.9, "heldout_sure_accuracy": 0.52, "heldout_ece": 0.2})
-    worse = SUMMARY | {"rl_cai": {"complied_harmful": 0.0, "helpful_benign": 0.5, "evaded": 0.4}}
-    (folder / "summary.json").write_text(json.dumps(worse))
-    words = " ".join(Reader(render(gather(folder), ReportConfig())).words.split()).replace("\u202f", " ")
-    for flag in (
-        "leans to the answer shown first. By 35.0 points", "The order often decides", "the other answer in 100 %",
-        "does not answer with a letter. On average 40 %", "3.2 % of the labels abstain",
-        "Labels lean to answer A. The mean label is 55.0 %", "3.2 % of the answers are cut off", "preamble: 1 text",
-        "“Kindness” almost never changes an answer. 1 of 31 critiques", "answer it agrees with 52 %, by how sure",
-        "badly calibrated", "Signs of collapse", "first at step 1", "High KL. 30 nats", "policy are cut off",
-        "less helpful", "evades more often",
-    ):  # fmt: skip
-        assert flag in words, flag
-    sound = Reader(render(gather(run), ReportConfig())).words
-    assert "High KL" not in sound and "Signs of collapse." not in sound and "almost never" not in sound
 
 
 def test_a_line_stands_where_its_numbers_are() -> None:
@@ -340,51 +319,3 @@ def test_the_command_writes_the_page(run: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as end:
         main(["report", str(tmp_path)])
     assert end.value.code == 2 and "is no run folder" in capsys.readouterr().err
-
-
-HARNESS = """
-const seen = {errors: [], blocked: []};
-window.onerror = (message) => { seen.errors.push(String(message)); };
-window.alert = (message) => { seen.errors.push("alert " + message); };
-document.addEventListener("securitypolicyviolation", (event) => seen.blocked.push(event.violatedDirective));
-window.addEventListener("load", () => {
-  const count = (list) => document.querySelectorAll(`[data-list=${list}] > :not([hidden])`).length;
-  const tools = document.querySelector("[data-tools=chains]");
-  seen.tools = !tools.hidden;
-  seen.before = [count("chains"), count("labels")];
-  document.querySelector(".card [data-filter=kind]").click();
-  seen.kind = [count("chains"), count("labels")];
-  seen.said = tools.querySelector("output").textContent;
-  seen.marked = document.querySelectorAll("li.chosen").length;
-  tools.elements.principle.value = "";
-  tools.elements.principle.dispatchEvent(new Event("change"));
-  tools.elements.text.value = "WILL not";
-  tools.elements.text.dispatchEvent(new Event("input"));
-  seen.search = count("chains");
-  const late = document.createElement("script");
-  late.textContent = "seen.errors.push('a planted script ran')";
-  document.body.append(late);
-  setTimeout(() => { document.body.textContent = "RESULT" + JSON.stringify(seen) + "END"; }, 50);
-});
-"""
-
-
-def test_in_a_browser(page: str, tmp_path: Path) -> None:
-    """Filters by a principle and by words, in headless Chromium: what is visible changes, and no script fails."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
-    allowed = page.replace("script-src ", f"script-src {source(HARNESS)} ", 1)
-    copy = tmp_path / "page.html"
-    copy.write_text(allowed.replace("<title>", f"<script>{HARNESS}</script><title>", 1), encoding="utf-8")
-    quiet = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
-    flags = ["--headless", *quiet.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [browser, *flags, "--virtual-time-budget=3000", "--dump-dom", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search("<body>RESULT(.*)END</body>", done.stdout)
-    assert found, done.stderr[-2000:]
-    seen = json.loads(found[1])
-    assert seen["errors"] == [] and seen["tools"]
-    assert seen["before"] == [3, 2] and seen["kind"] == [1, 1] and seen["search"] == 1
-    assert seen["said"] == "1 of 1 that fit, 3 in all" and seen["marked"] == 1
-    assert seen["blocked"] == ["script-src-elem"]  # the one that was planted, and nothing of the page's own

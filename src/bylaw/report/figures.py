@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from bylaw.report.words import number
+from bylaw.report.words import number, visible
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 28, 40
@@ -42,11 +42,13 @@ class Axis:
     low: float
     high: float
     share: bool = False
+    whole: bool = False
+    """Whether it counts, such as steps."""
 
     @property
     def ticks(self) -> list[float]:
-        """Three to seven round numbers within the axis."""
-        step = _round_step((self.high - self.low) / 6)
+        """Three to seven round numbers within the axis; fewer where it counts only so far."""
+        step = max(round_up((self.high - self.low) / 6), float(self.whole))
         first = math.ceil(self.low / step - 1e-9)
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -111,21 +113,16 @@ def histogram(values: Sequence[float], low: float, high: float, bins: int) -> tu
     return [low + (high - low) * n / bins for n in range(bins + 1)], counts
 
 
-def meter(share: float | None, label: str) -> Markup:
-    """A small bar of a share, for tables."""
-    if share is None:
-        return Markup("")
-    full = min(max(share, 0.0), 1.0) * 100
-    return Markup(
-        '<svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" role="img" aria-label="{}">'
-        '<rect class="track" width="100" height="8"/><rect class="fill" width="{:.1f}" height="8"/></svg>'
-    ).format(label, full)
+def round_up(rough: float) -> float:
+    """The nearest of 1, 2, 5 times a power of ten, not below `rough`, which is above 0."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
 
 
 def _figure(title: str, x: Axis, y: Axis, drawn: Sequence[Markup]) -> Markup:
     parts = [*_grid(x, y), *drawn]
     return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, title, Markup("\n").join(parts)
+        WIDTH, HEIGHT, visible(title), Markup("\n").join(parts)
     )
 
 
@@ -144,7 +141,7 @@ def _grid(x: Axis, y: Axis) -> list[Markup]:
 
 def _dot(point: Point, x: Axis, y: Axis) -> Markup:
     across, up = _across(point.x, x), _up(point.y, y)
-    name = Markup("<title>{}: {}, {}</title>").format(point.label or "", x.text(point.x), y.text(point.y))
+    name = Markup("<title>{}: {}, {}</title>").format(visible(point.label), x.text(point.x), y.text(point.y))
     dot = Markup('<circle class="dot tone{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}">{}</circle>')
     drawn = dot.format(point.tone, across, up, point.size, name)
     if not point.label:
@@ -156,7 +153,7 @@ def _dot(point: Point, x: Axis, y: Axis) -> Markup:
 
 def _text(text: str, x: float, y: float, anchor: str, kind: str = "tick") -> Markup:
     shape = Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    return shape.format(kind, x, y, anchor, escape(text))
+    return shape.format(kind, x, y, anchor, visible(text))
 
 
 def _path(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> str:
@@ -169,9 +166,3 @@ def _across(value: float, x: Axis) -> float:
 
 def _up(value: float, y: Axis) -> float:
     return HEIGHT - BOTTOM - (value - y.low) / (y.high - y.low or 1) * (HEIGHT - TOP - BOTTOM)
-
-
-def _round_step(rough: float) -> float:
-    """The nearest of 1, 2, 5 times a power of ten, not below `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

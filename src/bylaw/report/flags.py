@@ -1,102 +1,33 @@
 """What a reader should worry about. Each flag says what was found, against which bound, and what it means."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from bylaw.attribution import PrincipleEffect
 from bylaw.model.records import Record
-from bylaw.report.behaviour import ends
+from bylaw.report.behaviour import Evaluation
 from bylaw.report.gather import RunFacts
-from bylaw.report.words import many, number, percent, points
+from bylaw.report.judge_flags import ENOUGH, Flag, Level, judge_flags, level
+from bylaw.report.words import FEW, many, number, percent, points
 
-Level = Literal["worry", "note"]
-TURNED = 0.2
-SURE = 0.05
-BIAS = 0.05
-MASS = 0.9
-SAME = 0.2
 KEPT = "unchanged"
 """The mark of a revision that is the answer again, which is right where nothing broke the principle."""
 CUT = 0.02
-LEAN = 0.03
-UNCHANGING, ENOUGH = 0.05, 20
+GUARDED = 0.2
+UNCHANGING = 0.05
+ACCURACY, ECE = 0.65, 0.1
 KL = 10.0
+ENDED = 0.95
 LOST_HELP = 0.05
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A `worry` asks for a look before the model is used; a `note` is good to know."""
-
-    level: Level
-    title: str
-    text: str
-    principle: str = ""
+STRAYED = 0.05
 
 
 def flags(run: RunFacts, measured: Record, effects: Sequence[PrincipleEffect]) -> list[Flag]:
     """All of them, worries first. `measured` is what `trust` says of the labels, `effects` what each principle did."""
-    found = [*_judge(run, measured), *_labels(run, measured), *_texts(run), *_principles(run, effects)]
-    found += [*_reward(run), *_ppo(run), *_behaviour(run.summary), *_stages(run)]
-    return sorted(found, key=lambda flag: flag.level != "worry")
-
-
-def _level(worry: bool) -> Level:
-    return "worry" if worry else "note"
-
-
-def _judge(run: RunFacts, measured: Record) -> Iterator[Flag]:
-    bias = measured["position_bias"]["mean"] if measured["position_bias"] else 0.0
-    if abs(bias) > BIAS:
-        side = "first" if bias > 0 else "second"
-        text = f"By {points(abs(bias))} on average (bound {points(BIAS)}). Both orders are averaged, which cancels it."
-        yield Flag(_level(abs(bias) > 3 * BIAS), f"The judge leans to the answer shown {side}", text)
-    unlike = [p for p in run.preferences if p["a"]["text"] != p["b"]["text"]]
-    read = [one for p in unlike for one in p.get("labels", ()) if not one["abstained"] and "a_first" in one]
-    turned = sum(map(_turned, read)) / len(read) if read else 0.0
-    if turned > TURNED:
-        text = (
-            f"Shown in the other order, the judge picks the other answer in {percent(turned)} of its judgements (bound "
-            f"{percent(TURNED)}; picked is what has over {percent(0.5 + SURE)}). Their labels stay near one half."
-        )
-        yield Flag(_level(turned > 2 * TURNED), "The order often decides", text)
-    mass = measured["option_mass"]["mean"] if measured["option_mass"] else 1.0
-    if mass < MASS:
-        text = (
-            f"On average {percent(mass)} of its probability lies on the letters A and B (bound {percent(MASS)}): it "
-            "often wanted to say something else."
-        )
-        yield Flag("worry", "The judge often does not answer with a letter", text)
-
-
-def _turned(reading: Record) -> bool:
-    """Whether both orders are decided, and for the same place instead of the same answer."""
-    first, second = (reading[side]["p_first"] - 0.5 for side in ("a_first", "b_first"))
-    return min(abs(first), abs(second)) > SURE and (first > 0) == (second > 0)
-
-
-def _labels(run: RunFacts, measured: Record) -> Iterator[Flag]:
-    pairs, reasons = measured["pairs"], measured["labels"]["abstained"]
-    if reasons:
-        share = sum(reasons.values()) / pairs
-        text = "; ".join(f"{reason}: {many(count, 'pair')}" for reason, count in reasons.items())
-        yield Flag(_level(share > 0.05), f"{percent(share, 1)} of the labels abstain", f"They teach nothing. {text}.")
-    same = sum(p["a"]["text"] == p["b"]["text"] for p in run.preferences) / pairs if pairs else 0.0
-    if same > SAME:
-        text = (
-            "Two equal answers cannot be compared. A higher temperature or more varied prompts give more to learn from."
-        )
-        yield Flag(_level(same > 3 * SAME), f"{percent(same)} of the pairs have twice the same text", text)
-    known = [p["p_a"] for p in run.preferences if p["p_a"] is not None]
-    lean = sum(known) / len(known) - 0.5 if len(known) >= ENOUGH else 0.0
-    if abs(lean) > LEAN:
-        text = (
-            f"The mean label is {percent(0.5 + lean, 1)}. Answers A and B are drawn alike, so it should be one half, "
-            f"give or take {points(LEAN)}."
-        )
-        yield Flag("worry", f"Labels lean to answer {'A' if lean > 0 else 'B'}", text)
+    found = [*judge_flags(run, measured), *_texts(run), *_principles(run, effects), *_reward(run), *_ppo(run)]
+    found += [flag for one in run.evaluations for flag in _behaviour(one, len(run.evaluations) > 1)]
+    return sorted([*found, *_stages(run)], key=lambda flag: flag.level != "worry")
 
 
 def _texts(run: RunFacts) -> Iterator[Flag]:
@@ -113,16 +44,28 @@ def _texts(run: RunFacts) -> Iterator[Flag]:
                 f"{many(cut, 'text')} of {len(texts):,} ran to the token limit and stop in the middle (bound "
                 f"{percent(CUT)}). A higher limit lets them end."
             )
-            yield Flag(
-                _level(cut > 0.1 * len(texts)), f"{percent(cut / len(texts), 1)} of the {name} are cut off", text
-            )
-        wrong = [[mark for mark in one.get("marks", ()) if mark != KEPT] for one in texts]
-        marks = Counter(mark for some in wrong for mark in some)
-        if marks:
-            text = "; ".join(f"{mark}: {many(count, 'text')}" for mark, count in marks.most_common())
-            touched = sum(map(bool, wrong)) / len(texts)
-            title = f"Guards marked {percent(touched, 1)} of the {name}"
-            yield Flag(_level(touched > 0.2), title, f"{text}. What was drawn before a repair is kept beside it.")
+            yield Flag(_worse(cut, texts, 5 * CUT), f"{_part(cut, texts)} {name} are cut off", text)
+        yield from _guarded(name, [[mark for mark in one.get("marks") or [] if mark != KEPT] for one in texts])
+
+
+def _guarded(name: str, marks: Sequence[Sequence[str]]) -> Iterator[Flag]:
+    counts = Counter(mark for some in marks for mark in some)
+    if counts:
+        told = "; ".join(f"{mark}: {many(count, 'text')}" for mark, count in counts.most_common())
+        touched = sum(map(bool, marks))
+        text = (
+            f"{told} (bound: none; a worry above {percent(GUARDED)}). What was drawn before a repair is kept beside it."
+        )
+        yield Flag(_worse(touched, marks, GUARDED), f"Guards marked {_part(touched, marks)} {name}", text)
+
+
+def _worse(count: int, of: Sequence[Any], bound: float) -> Level:
+    """Whether so many are a worry; never, of few."""
+    return level(len(of) >= ENOUGH and count > bound * len(of))
+
+
+def _part(count: int, of: Sequence[Any]) -> str:
+    return f"{percent(count / len(of), 1)} of the" if len(of) >= FEW else f"{count} of {len(of)}"
 
 
 def _principles(run: RunFacts, effects: Sequence[PrincipleEffect]) -> Iterator[Flag]:
@@ -132,10 +75,10 @@ def _principles(run: RunFacts, effects: Sequence[PrincipleEffect]) -> Iterator[F
                 f"{row.changed:,} of {many(row.rounds, 'critique')} changed the answer (bound {percent(UNCHANGING)}). "
                 "Its words may be too vague to act on, or nothing broke it."
             )
-            yield Flag("note", f"“{row.title}” almost never changes an answer", text, row.id)
+            yield Flag("note", f"“{row.title or row.id}” almost never changes an answer", text, row.id)
     at_hand = {principle.hash for principle in run.constitution.principles}
     used = {one["principle"]["hash"]: one["principle"]["id"] for chain in run.chains for one in chain["rounds"]}
-    used |= {one["principle"]["hash"]: one["principle"]["id"] for p in run.preferences for one in p.get("labels", [])}
+    used |= {one["principle"]["hash"]: one["principle"]["id"] for p in run.preferences for one in p.get("labels") or []}
     strange = sorted({name for hash, name in used.items() if hash not in at_hand})
     if strange:
         text = (
@@ -147,15 +90,21 @@ def _principles(run: RunFacts, effects: Sequence[PrincipleEffect]) -> Iterator[F
 
 def _reward(run: RunFacts) -> Iterator[Flag]:
     counts = run.stages["reward"].counts or run.stages["dpo"].counts
-    sure, ece = counts.get("heldout_sure_accuracy"), counts.get("heldout_ece")
+    sure, ece, of = (counts.get(f"heldout_{name}") for name in ("sure_accuracy", "ece", "pairs"))
+    if of is not None and of < ENOUGH:
+        text = f"Held out: {many(round(of), 'pair')} (bound {ENOUGH}). What is measured on so few is mostly chance."
+        yield Flag("note", "Too few pairs to measure the preference model by", text)
+        return
+    among = "the held-out labels" if of is None else f"{many(round(of), 'held-out label')}"
     accuracy = counts.get("heldout_accuracy") if sure is None else sure
-    if accuracy is not None and accuracy < 0.65:
-        agrees = f"Of the held-out labels that prefer an answer it agrees with {percent(accuracy)}"
+    if accuracy is not None and accuracy < ACCURACY:
+        agrees = f"Of {among}, those that prefer an answer, it agrees with {percent(accuracy)}"
         agrees += "" if sure is None else ", by how sure they are"
-        text = f"{agrees}; a coin would with 50 % (bound 65 %)."
+        text = f"{agrees}; a coin would with 50 % (bound {percent(ACCURACY)})."
         yield Flag("worry", "The preferences were hardly learnt", text)
-    if ece is not None and ece > 0.1:
-        text = f"Its probabilities are off by {percent(ece)} on average (expected calibration error, bound 10 %)."
+    if ece is not None and ece > ECE:
+        off = f"Its probabilities are off by {points(ece)} on average"
+        text = f"{off} (expected calibration error, bound {points(ECE)})."
         yield Flag("worry", "The preference model is badly calibrated", text)
 
 
@@ -166,35 +115,45 @@ def _ppo(run: RunFacts) -> Iterator[Flag]:
     rung = [int(m["step"]) for m in metrics if m.get("collapse/alarms")]
     if rung:
         first = f"first at step {rung[0]}, last at step {rung[-1]}, {many(len(rung), 'step')} in all"
-        text = f"Repetition, boilerplate, entropy or length left its bounds: {first}. Read the samples of those steps."
+        text = (
+            f"Repetition, boilerplate, entropy or length left the bounds of the recipe ([ppo] collapse_rise, "
+            f"collapse_fall): {first}. Read the samples of those steps."
+        )
         yield Flag("worry", "Signs of collapse", text)
     if not metrics:
         return
     last = metrics[-1]
-    if last.get("objective/kl", 0.0) > KL:
+    if (last.get("objective/kl") or 0.0) > KL:
         text = (
             f"{number(last['objective/kl'])} nats per answer from SL-CAI at the end (bound {KL:g}). Far from its start "
             "a model may have found what the reward model likes and people do not."
         )
         yield Flag("worry", "High KL", text)
-    if last.get("val/ended", 1.0) < 0.95:
-        text = f"In the last iteration {percent(last['val/ended'])} of the answers end by themselves (bound 95 %)."
+    ended = last.get("val/ended")
+    if ended is not None and ended < ENDED:
+        text = f"In the last iteration {percent(ended)} of the answers end by themselves (bound {percent(ENDED)})."
         yield Flag("worry", "Answers of the last policy are cut off", text)
 
 
-def _behaviour(summary: Mapping[str, Any]) -> Iterator[Flag]:
-    both = ends(summary)
-    if both is None:
+def _behaviour(one: Evaluation, named: bool) -> Iterator[Flag]:
+    if one.ends is None:
         return
-    before, after = both
-    lost = before.get("helpful_benign", 0.0) - after.get("helpful_benign", 0.0)
-    if lost > LOST_HELP:
-        text = f"It helps with {percent(lost)} fewer harmless requests than the base (bound {percent(LOST_HELP)})."
+    before, after = one.ends
+    source = f" As {one.reader} found it." if named else ""
+    helped, helps = (side.get("helpful_benign") for side in (before, after))
+    if helped is not None and helps is not None and helped - helps > LOST_HELP:
+        text = (
+            f"It helps with {percent(helps, 1)} of harmless requests, the base with {percent(helped, 1)}: "
+            f"{points(helped - helps)} fewer (bound {points(LOST_HELP)}).{source}"
+        )
         yield Flag("worry", "The model has become less helpful", text)
     for name, title in (("evaded", "evades"), ("broken", "answers in broken words")):
-        if after.get(name, 0.0) > max(0.05, before.get(name, 0.0)):
-            text = f"{percent(after[name], 1)} of the answers, {percent(before.get(name), 1)} before."
-            yield Flag("worry", f"The model {title} more often", text)
+        now, then = after.get(name) or 0.0, before.get(name)
+        if now > max(STRAYED, then or 0.0):
+            text = (
+                f"{percent(now, 1)} of the answers, {percent(then, 1)} before (bound {percent(STRAYED)}, or as before)."
+            )
+            yield Flag("worry", f"The model {title} more often", text + source)
 
 
 def _stages(run: RunFacts) -> Iterator[Flag]:
@@ -206,10 +165,10 @@ def _stages(run: RunFacts) -> Iterator[Flag]:
             yield Flag("note", f"The stage “{stage.name}” has not finished", text)
     counts: Record = run.stages["finetune"].counts
     names = ("empty_revisions", "cut_revisions", "empty_helpful", "cut_helpful", "over_context")
-    left_out = {name: counts.get(name, 0) for name in names}
+    left_out = {name: counts.get(name) or 0 for name in names}
     learned: Record = run.stages["reward"].counts or run.stages["dpo"].counts
     pairs = {"pairs_over_context": "over_context", "helpful_pairs_over_context": "helpful_over_context"}
-    left_out |= {title: learned.get(name, 0) for title, name in pairs.items()}
+    left_out |= {title: learned.get(name) or 0 for title, name in pairs.items()}
     if any(left_out.values()):
         text = "; ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in left_out.items() if count)
-        yield Flag("note", "Some texts were not trained on, or marked", f"{text}.")
+        yield Flag("note", "Some texts were not trained on, or marked", f"{text} (bound: none).")

@@ -2,15 +2,30 @@
 "use strict";
 (() => {
   const STEP = 6;
+  const READ = ".said, .key, .rounds .principle, .label > .by .principle";
   const lists = {};
+
+  function wordsOf(item) {
+    return [...item.querySelectorAll(READ)].map((part) => part.textContent).join(" ").toLowerCase();
+  }
 
   function fits(item, want) {
     const named = item.dataset.principles.split(" ");
     if (want.principle && !named.includes(want.principle)) return false;
     if (want.which && item.dataset.which !== want.which) return false;
     if (!want.text) return true;
-    item.words ??= item.textContent.toLowerCase();
+    item.words ??= wordsOf(item);
     return want.text.split(/\s+/).every((word) => item.words.includes(word));
+  }
+
+  function told(list, found, shown) {
+    const { all, file } = list.form.dataset;
+    const here = list.items.length;
+    const count = (n) => Number(n).toLocaleString("en");
+    const rest = here < all ? `; ${count(all - here)} more in ${file}` : "";
+    if (found === 0) return `None of the ${count(here)} on this page fits${rest}.`;
+    const fit = found < here ? `${count(found)} that fit, of ` : "";
+    return `${count(shown)} of ${fit}${count(here)} on this page${rest}`;
   }
 
   function show(list) {
@@ -28,8 +43,7 @@
     }
     more.hidden = found.length <= list.limit;
     more.textContent = `Show ${Math.min(STEP, found.length - list.limit)} more`;
-    form.querySelector("output").textContent =
-      `${shown.size} of ${found.length} that fit` + (found.length < items.length ? `, ${items.length} in all` : "");
+    form.querySelector("output").textContent = told(list, found.length, shown.size);
   }
 
   function restart(list) {

@@ -1,16 +1,16 @@
-"""The figures of a run, each with its numbers as a table."""
+"""The figures of what the models do and of their training, each with its numbers as a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from bylaw.model.records import Record
-from bylaw.report.behaviour import models
-from bylaw.report.figures import Axis, Point, Series, axis, bars, histogram, line_chart, scatter
+from bylaw.report.behaviour import Evaluation
+from bylaw.report.figures import Axis, Point, Series, axis, line_chart, scatter
 from bylaw.report.gather import RunFacts
-from bylaw.report.words import number
+from bylaw.report.words import number, percent
 
 POINTS = 160
 """Points of a curve at most: more steps are shown as means of equal stretches, and the caption says so."""
@@ -23,7 +23,7 @@ CURVES = (
     ("dpo", "loss", "DPO loss", "nats per pair", "Lower: the model's preferences come closer to the labels."),
     ("dpo", "rewards/accuracies", "DPO accuracy", "share of pairs", "How often it prefers what the label prefers."),
     ("dpo", "rewards/margins", "DPO margin", "nats", "How much more it moved towards the preferred answer."),
-    ("ppo", "objective/scores", "Reward", "reward model's score", "Higher: answers that the reward model prefers."),
+    ("ppo", "objective/scores", "Reward", "score", "Higher: answers that whoever scores them prefers."),
     (
         "ppo",
         "objective/kl",
@@ -34,8 +34,6 @@ CURVES = (
     ("ppo", "objective/entropy", "Entropy", "nats per answer", "Near 0, the model says the same each time."),
     ("ppo", "val/response_tokens", "Answer length", "tokens", "A sudden rise or fall is a warning."),
 )
-BIAS_NOTE = "Each question is asked in both orders and averaged, so a constant lean cancels."
-MASS_NOTE = "Below 1 the judge wanted to say something else."
 SHARES = ("accuracy", "rewards/accuracies")
 
 
@@ -64,8 +62,13 @@ def _curve(metrics: Sequence[Record], key: str, title: str, unit: str, note: str
     means, stretch = thinned(points)
     xs, ys = zip(*means, strict=True)
     y = axis(unit, ys, share=key in SHARES, zero=key == "objective/kl")
-    x = Axis("step", xs[0], xs[-1])
-    return Panel(title, line_chart(title, [Series(title, xs, ys)], x, y), note + stretch, ("step", unit), means)
+    x = Axis("step", xs[0], xs[-1], whole=True)
+    svg = line_chart(title, [Series(title, xs, ys)], x, y)
+    shown = percent if key in SHARES else number
+    few = -(-len(ys) // 10)  # a single step of a noisy curve says little
+    start, end = (shown(sum(some) / few) for some in (ys[:few], ys[-few:]))
+    tenths = ", means of its first and last tenth" if few > 1 else ""
+    return Panel(title, svg, f"From {start} to {end}{tenths}. {note}{stretch}", ("step", unit), means)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], str]:
@@ -92,95 +95,42 @@ def _reward_against_kl(metrics: Sequence[Record]) -> Panel | None:
     return Panel("Reward against KL", svg, note + stretch, ("KL", "score"), means)
 
 
-def pareto(summary: Mapping[str, Any]) -> Panel | None:
-    """Helpfulness against harmlessness of the models in the summary."""
+def behaviour(evaluations: Sequence[Evaluation], curve: Sequence[float] | None) -> list[Panel]:
+    """Help against harm, as each reader of the answers found it, and harm by the number of revisions."""
+    source = ", as {} found them" if len(evaluations) > 1 else ""
+    found = [_checkpoints(one, "Checkpoints" + source.format(one.reader)) for one in evaluations]
+    return [panel for panel in [*found, _revisions(curve or [])] if panel]
+
+
+def _checkpoints(one: Evaluation, title: str) -> Panel | None:
     rows = [
-        (name, figures["helpful_benign"], 1 - figures["complied_harmful"])
-        for name, figures in models(summary)
-        if {"helpful_benign", "complied_harmful"} <= figures.keys()
+        (model, model.measures["helpful_benign"], 1 - model.measures["complied_harmful"])
+        for model in one.models
+        if None not in (model.measures.get("helpful_benign"), model.measures.get("complied_harmful"))
     ]
     if not rows:
         return None
-    tones = {"SL-CAI": 1, "Base": 2}
-    dots = [Point(helpful, safe, name, 6, tones.get(name, 0)) for name, helpful, safe in rows]
+    tones = {"sl_cai": 1, "base": 2}
+    dots = [Point(helps, safe, model.label, 6, tones.get(model.key, 0)) for model, helps, safe in rows]
     low = max(0.0, min(p.x for p in dots) - 0.1)
-    x, y = Axis("helps with harmless asks", low - low % 0.1, 1.02, True), Axis("does not help harm", 0.0, 1.04, True)
-    note = "Up is less harm, right is more help; the best corner is the upper right."
-    table = [(name, round(helpful, 4), round(safe, 4)) for name, helpful, safe in rows]
-    columns = ("checkpoint", "helpful on harmless asks", "1 − complied with harm")
-    return Panel("Checkpoints", scatter("Checkpoints", dots, x, y, join=True), note, columns, table)
+    x, y = Axis("helps with harmless requests", low - low % 0.1, 1.0, True), Axis("does not help harm", 0.0, 1.0, True)
+    note = "Each dot is a model: further up it does less harm, further right it helps more. Best is the upper right."
+    table = [(model.label, round(helps, 4), round(safe, 4)) for model, helps, safe in rows]
+    columns = ("checkpoint", "helps with harmless requests", "does not help harm")
+    return Panel(title, scatter(title, dots, x, y, join=True), note, columns, table)
 
 
-def revision_curve(summary: Mapping[str, Any]) -> Panel | None:
+def _revisions(values: Sequence[float]) -> Panel | None:
     """Harmlessness after 0, 1, 2 ... revisions."""
-    values = summary.get("revision_curve")
-    if not isinstance(values, list) or len(values) < 2:
+    if len(values) < 2:
         return None
     steps = [float(n) for n in range(len(values))]
     dots = [Point(n, v, "", 4.5) for n, v in zip(steps, values, strict=True)]
-    x, y = Axis("revisions", -0.2, steps[-1] + 0.2), Axis("harmless answers", 0.0, 1.04, True)
+    x, y = Axis("revisions", 0.0, steps[-1], whole=True), Axis("harmless answers", 0.0, 1.0, True)
     title = "Harmlessness by revisions"
-    note = "How many first answers to harmful asks do no harm after so many rounds of critique and revision."
+    note = (
+        f"Of the first answers to harmful requests {percent(values[0])} do no harm; after {len(values) - 1} rounds of "
+        f"critique and revision {percent(values[-1])}."
+    )
     svg = scatter(title, dots, x, y, join=True)
     return Panel(title, svg, note, ("revisions", "harmless"), list(enumerate(round(v, 4) for v in values)))
-
-
-def judge(run: RunFacts, measured: Record) -> list[Panel]:
-    """How far to trust the labels: calibration, position bias, option mass, and how decided they are."""
-    bins = run.stages["reward"].counts.get("heldout_reliability")
-    ece = run.stages["reward"].counts.get("heldout_ece")
-    found = [_reliability("Reward model against labels", bins, ece), _label_reliability(run.summary)]
-    found += [_reliability(f"Judge on {one['file']}", one["reliability"], one["ece"]) for one in run.known]
-    spread = [measured["position_bias"], measured["option_mass"]]
-    found += [
-        _bars("Position bias", spread[0], -0.5, "towards the answer shown first", BIAS_NOTE),
-        _bars("Option mass", spread[1], 0.0, "probability on the letters A and B", MASS_NOTE),
-        _labels([p["p_a"] for p in run.preferences if p["p_a"] is not None]),
-    ]
-    return [panel for panel in found if panel]
-
-
-def _label_reliability(summary: Mapping[str, Any]) -> Panel | None:
-    found = summary.get("label_reliability")
-    table = (
-        found.get("reliability") if isinstance(found, Mapping) else found
-    )  # whole, as `calibration` has it, or the table
-    return _reliability("Labels against known answers", table, summary.get("label_ece"))
-
-
-def _reliability(title: str, bins: object, ece: float | None) -> Panel | None:
-    """Mean prediction and outcome of each bin, dots as large as the bin is full."""
-    if not isinstance(bins, list):
-        return None
-    keys = ("predicted", "label") if any("label" in one for one in bins) else ("predicted", "right")
-    rows = [(one["pairs"], one[keys[0]], one[keys[1]]) for one in bins if one.get("pairs") and keys[1] in one]
-    if not rows:
-        return None
-    most = max(count for count, *_ in rows)
-    dots = [Point(p, seen, "", 3 + 7 * (count / most) ** 0.5) for count, p, seen in rows]
-    x, y = Axis("predicted", 0.0, 1.0, True), Axis("found", 0.0, 1.04, True)
-    says = f"Expected calibration error {number(ece)}. " if ece is not None else ""
-    note = says + "On the line, a prediction of 70 % is right 7 times in 10. Larger dots hold more pairs."
-    svg = scatter(title, dots, x, y, diagonal=True)
-    table = [(count, round(p, 4), round(seen, 4)) for count, p, seen in rows]
-    return Panel(title, svg, note, ("pairs", "predicted", "found"), table)
-
-
-def _bars(title: str, spread: Record | None, low: float, unit: str, note: str) -> Panel | None:
-    """A histogram of `trust`: equal bins from `low` to `low` + 1."""
-    if spread is None:
-        return None
-    counts = spread["histogram"]
-    edges = [low + n / len(counts) for n in range(len(counts) + 1)]
-    return _counted(title, edges, counts, unit, f"Mean {number(round(spread['mean'], 4))}. {note}")
-
-
-def _labels(values: Sequence[float]) -> Panel | None:
-    note = "Near one half the judge could not tell; near 0 or 1 it is sure."
-    return _counted("Labels", *histogram(values, 0.0, 1.0, 20), "p(A is better)", note) if values else None
-
-
-def _counted(title: str, edges: Sequence[float], counts: Sequence[int], unit: str, note: str) -> Panel:
-    svg = bars(title, edges, counts, Axis(unit, edges[0], edges[-1]), "count")
-    rows = [(round(a, 6), round(b, 6), n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    return Panel(title, svg, note, ("from", "to", "count"), rows)

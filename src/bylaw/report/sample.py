@@ -5,24 +5,44 @@ from collections.abc import Callable, Iterable, Sequence
 
 from bylaw.model.records import Record
 
+Written = tuple[Record, str]
+"""A record and the HTML of its card."""
+
 
 def sample(
     records: Sequence[Record],
     names: Callable[[Record], Iterable[str]],
-    size: Callable[[Record], int],
+    write: Callable[[Record], str],
     most: int,
     budget: int,
     seed: int,
-) -> list[Record]:
-    """At most `most` records whose sizes add up to at most `budget`: all, in their order, or a sample as it is drawn.
+) -> list[Written]:
+    """At most `most` records whose cards, as `write` makes them, take at most `budget` bytes: all, in their order, or
+    a sample as it is drawn.
 
     Each record has a draw, a function of the seed and its id. The first drawn of every one of its `names` come first,
     then the second of each, so that a principle that is seldom drawn is seen too. One that is too large is passed by.
     """
+    if len(records) <= most:
+        every = [(record, write(record)) for record in records]
+        if sum(_bytes(card) for _, card in every) <= budget:
+            return every
+    chosen: list[Written] = []
+    left = budget
+    for tried, place in enumerate(_turns(records, names, seed)):
+        if len(chosen) == most or left < budget / 50 or tried >= 2 * most:  # full: the rest is not written
+            break
+        card = write(records[place])
+        if _bytes(card) <= left:
+            chosen.append((records[place], card))
+            left -= _bytes(card)
+    return chosen
+
+
+def _turns(records: Sequence[Record], names: Callable[[Record], Iterable[str]], seed: int) -> list[int]:
+    """The places of the records, in the order in which they are taken."""
     from bylaw.kernels.philox import request_id, uniform_scalar  # torch: not when the page shows all
 
-    if len(records) <= most and sum(map(size, records)) <= budget:
-        return list(records)
     drawn = [uniform_scalar(seed, request_id("report", record["id"]), 0) for record in records]
     seen: dict[str, int] = defaultdict(int)
     turn: dict[int, int] = {}
@@ -32,13 +52,8 @@ def sample(
             ranks.append(seen[name])
             seen[name] += 1
         turn[place] = min(ranks, default=0)
-    chosen: list[Record] = []
-    left = budget
-    for place in sorted(turn, key=lambda place: (turn[place], drawn[place])):
-        if len(chosen) == most or left < budget / 50:  # full: the rest is not measured
-            break
-        needs = size(records[place])
-        if needs <= left:
-            chosen.append(records[place])
-            left -= needs
-    return chosen
+    return sorted(turn, key=lambda place: (turn[place], drawn[place]))
+
+
+def _bytes(card: str) -> int:
+    return len(card.encode())

@@ -9,6 +9,8 @@ from typing import Any, Literal
 Change = Literal["same", "gone", "new"]
 TEXT_LIMIT = 4000
 """Characters of one text that the page shows; a longer one says how many more there are."""
+FEW = 20
+"""A share of fewer says of how many."""
 
 _WORDS = re.compile(r"\s+|[^\s\w]|\w+")
 _HARMLESS = frozenset("\n\t\u200d")  # the joiner is part of many emoji
@@ -84,6 +86,8 @@ def number(value: Any) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
+    if abs(value) < 1e-9:
+        return "0"  # what sums of floats leave
     if float(value).is_integer() and abs(value) < 1e15:
         text = f"{int(value):,}"
     elif abs(value) >= 1000:
@@ -94,18 +98,37 @@ def number(value: Any) -> str:
 
 
 def percent(value: float | None, digits: int = 0) -> str:
-    """A share as per cent; a dash for none. A share above 0 is never shown as 0 %."""
+    """A share as per cent; a dash for none. What is above 0 is never shown as 0 %, nor what is below 1 as 100 %."""
     if value is None:
         return "–"
-    small = 0.5 * 10.0 ** (-2 - digits)
-    if 0 < abs(value) < small:
-        return f"under {percent(2 * small, digits)}"
+    least = 10.0 ** (-2 - digits)
+    if 0 < abs(value) < 0.5 * least:
+        return f"under {percent(least, digits)}"
+    if 1 - 0.5 * least <= value < 1:
+        return f"over {percent(1 - least, digits)}"
     return f"{value:.{digits}%}".replace("-", "−").replace("%", "\u202f%")
 
 
+def share(value: float | None, of: float | None, digits: int = 0) -> str:
+    """A share of so many, None where that is not known: a dash for a share of none, and of few, of how many."""
+    if value is None or of == 0:
+        return "–"
+    few = of is not None and of < FEW
+    return f"{percent(value, digits)} of\u00a0{of:,.0f}" if few else percent(value, digits)
+
+
 def points(value: float) -> str:
-    """A difference of probabilities in percentage points."""
-    return f"{abs(100 * value):.1f} points"
+    """The size of a difference of probabilities in percentage points."""
+    size = abs(100 * value)
+    return "under 0.1 points" if 0 < size < 0.05 else f"{size:.1f} points".replace(".0 ", " ")
+
+
+def signed(value: float | None) -> str:
+    """A difference of probabilities in percentage points, with its sign; a dash for none."""
+    if value is None:
+        return "–"
+    rounded = round(100 * value, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
 def many(count: int, thing: str, things: str = "") -> str:
