@@ -7,8 +7,9 @@ from typing import Any
 from bylaw.attribution import PrincipleEffect
 from bylaw.model.records import Record
 from bylaw.report.behaviour import Evaluation
+from bylaw.report.flag import ENOUGH, Flag, Level, level
 from bylaw.report.gather import RunFacts
-from bylaw.report.judge_flags import ENOUGH, Flag, Level, judge_flags, level
+from bylaw.report.judge_flags import judge_flags
 from bylaw.report.words import FEW, many, number, percent, points
 
 KEPT = "unchanged"

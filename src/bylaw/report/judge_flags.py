@@ -1,18 +1,15 @@
 """What to worry about in the judge and in its labels. Each flag says what was found, and against which bound."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from bylaw.model.records import Record
+from bylaw.report.flag import ENOUGH, Flag, level
 from bylaw.report.forms import SIDES
 from bylaw.report.gather import RunFacts
 from bylaw.report.shown import same
 from bylaw.report.words import many, percent, points
 
-Level = Literal["worry", "note"]
-ENOUGH = 20
-"""Of fewer a share is noise, and no flag."""
 SURE = 0.05
 """Picked is what has more than one half and this."""
 TURNED = 0.2
@@ -24,21 +21,6 @@ TIES = 0.3
 LEAN = 0.03
 ABOVE_CHANCE = 0.15
 ECE = 0.1
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A `worry` asks for a look before the model is used; a `note` is good to know."""
-
-    level: Level
-    title: str
-    text: str
-    principle: str = ""
-
-
-def level(worry: bool) -> Level:
-    """A flag's level."""
-    return "worry" if worry else "note"
 
 
 def judge_flags(run: RunFacts, measured: Record) -> Iterator[Flag]:
