@@ -207,7 +207,7 @@ def _rater(run: Run) -> Rater:
     reader = judge_reader(run)
     assert isinstance(reader, LocalReader)
     dialogues = {prompt.id: prompt.messages for prompt in run.rl_prompts}
-    return Rater(judge=run.judge(reader), engine=reader.engine, dialogues=dialogues)
+    return Rater(judge=run.judge(reader), engine=reader.engine, dialogues=dialogues, policy=run.tokenizer)
 
 
 def run_dpo(run: Run) -> dict[str, Any]:
