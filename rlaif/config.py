@@ -36,7 +36,9 @@ class LabelConfig:
     some: int = 4
     """How many principles `some` are."""
     helpful_principle: str = ""
-    """Id of a principle that alone judges the pairs of the recipe's `helpful` prompts; empty judges them as others."""
+    """Id of a principle that judges the pairs of the recipe's `helpful` prompts, alone, and no others; empty judges
+    them as others.
+    """
     shots: int = 0
     """Examples shown before each question, drawn anew for each prompt; base models want 3 to 5."""
     thoughts: int = 0
@@ -102,8 +104,8 @@ class RemoteConfig:
     timeout_seconds: float = 60.0
     """For one request, from its start to the last byte of the answer."""
     concurrency: int = 8
-    """Requests under way together."""
-    retries: int = 6
+    """Requests under way together, of each of torchrun's data ranks: several ask so many times as much."""
+    retries: int = 10
     """Further attempts at a request that timed out, was cut off, or met an overloaded or failing server."""
     backoff_seconds: float = 0.5
     """Wait before the first further attempt; it doubles with each, and is longer where the server asks for longer."""
