@@ -159,7 +159,7 @@ class Tracer:
         if one["id"] not in self.ledger.preferences:
             return told | {"label": None}
         by = {key: value for key, value in one["by"].items() if key != "pairs_by"}
-        told["label"] = {key: one[key] for key in ("p_a", "abstained")} | {"by": by}
+        told["label"] = {key: one[key] for key in ("p_a", "unclamped", "abstained") if key in one} | {"by": by}
         told["label"]["readings"] = [self._reading(reading, by) for reading in one["labels"]]
         for stage, output in (("reward", "reward-model"), ("dpo", "dpo-cai")):
             if stage in self.ledger.manifests:

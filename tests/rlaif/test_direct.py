@@ -94,7 +94,8 @@ def test_a_judge_with_another_tokenizer_is_shown_the_words_of_the_policy(
 ) -> None:
     """The same words, under other ids."""
     monkeypatch.setattr("bylaw.rlaif.direct.mark_ids", lambda tokenizer, prefix: ONE_EACH)
-    words = sorted(tokenizer.backend.get_vocab(), key=lambda word: -tokenizer.backend.token_to_id(word))
+    ids = tokenizer.backend.get_vocab()
+    words = sorted(ids, key=lambda word: -ids[word])
     backend = tokenizers.Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(["</s>", "<unk>"])
