@@ -172,6 +172,8 @@ class DPOConfig(OptimSettings):
     """Pairs per optimiser step."""
     heldout_fraction: float = 0.1
     """Share of the prompts whose pairs are kept for measuring."""
+    helpful_ratio: float = 0.0
+    """Share of the training pairs that come from the recipe's `helpful_preferences`; held-out pairs have none."""
     hard_labels: bool = False
     """Train on labels rounded to 0 or 1, to compare with soft ones. Records and measures stay soft."""
 
@@ -181,6 +183,7 @@ class DPOConfig(OptimSettings):
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "above 0 and below 1")
+        require(0 <= self.helpful_ratio < 1, "helpful_ratio", self.helpful_ratio, "0 (none) or more, below 1")
 
 
 AT_LEAST_0 = (

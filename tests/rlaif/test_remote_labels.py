@@ -168,7 +168,7 @@ reasons = "{a}"\n"""
     manifest = run_pipeline(recipe, ("label",))["label"]
     assert manifest["inputs"]["examples"] == Run(recipe).examples.hash
     (tmp_path / "small.examples.toml").write_text(shown.replace("please", "yes"))
-    with pytest.raises(ValueError, match="label was begun by another recipe: inputs.examples is"):
+    with pytest.raises(ValueError, match=r"label was begun by another recipe: inputs.examples is"):
         run_pipeline(recipe, ("label",))
 
 
