@@ -50,7 +50,8 @@ def read_preferences(path: Path, p_chosen: float | None = None) -> Counted:
     """The rows of a TRL file as preference records in which a is the chosen answer, with no labels of ours.
 
     `p_chosen` is the probability that the chosen one is better; None takes the row's own "p_chosen", as our exports
-    have it, else 1. Unpaired rows of one prompt are paired, good with bad, in their order. A record has its row's own
+    have it, else 1. Unpaired rows of one prompt are paired, good with bad, in their order, and are as sure as the mean
+    of both. A record has its row's own
     "id", with a number if it stands twice. Records of one prompt share a prompt_id, so that none of them is trained on
     while another is held out.
 
@@ -68,7 +69,6 @@ def read_preferences(path: Path, p_chosen: float | None = None) -> Counted:
         row = decode_record(line, where)
         found.unread.update(key for key in row if key not in _READ)
         if {"completion", "label"} <= row.keys():
-            found.unread.update(["p_chosen (of unpaired rows)"] if "p_chosen" in row else [])
             side = _read_unpaired(row, where, number)
             unpaired.setdefault(_key(side.prompt), ([], []))[not row["label"]].append(side)
             continue
@@ -79,7 +79,7 @@ def read_preferences(path: Path, p_chosen: float | None = None) -> Counted:
         prompt, chosen, rejected = sides
         p = _probability(row, where) if p_chosen is None else p_chosen
         made.add(_Side(prompt, chosen, number, _id(row, where)), rejected, p)
-    _pair_up(made, unpaired.values(), 1.0 if p_chosen is None else p_chosen)
+    _pair_up(made, unpaired.values(), p_chosen)
     if not found.records:
         raise ValueError(f"{path}: no preference in it; {found.summary()}. Allowed rows: {_FORMS}")
     return found
@@ -106,11 +106,11 @@ def preference_rows(preferences: Sequence[Record], text: bool = False) -> Counte
 
 
 def unpaired_rows(preferences: Sequence[Record]) -> Counted:
-    """Our preferences as TRL's unpaired rows, two of each: the more probable answer is labelled true, the other false.
-    Left out is what `preference_rows` leaves out.
+    """Our preferences as TRL's unpaired rows, two of each: the more probable answer is labelled true, the other false,
+    and "p_chosen" is how probable that is. Left out is what `preference_rows` leaves out.
     """
     pairs = preference_rows(preferences)
-    kept = ("id", "prompt")
+    kept = ("id", "prompt", "p_chosen")
     pairs.records = [
         {key: row[key] for key in kept} | {"completion": row[name], "label": name == "chosen"}
         for row in pairs.records
@@ -155,6 +155,8 @@ class _Side:
     answer: str
     line: int
     id: str
+    p: float = 1.0
+    """How probable it is that an unpaired row's label is right."""
 
 
 @dataclass
@@ -324,16 +326,17 @@ def _read_unpaired(row: Record, where: str, line: int) -> _Side:
         raise ValueError(
             f"{where}: completion = {row['completion']!r:.60}; allowed: one answer, as text or as a message"
         )
-    return _Side(prompt, completion.strip(), line, _id(row, where))
+    return _Side(prompt, completion.strip(), line, _id(row, where), _probability(row, where))
 
 
-def _pair_up(made: _Making, unpaired: Iterable[tuple[list[_Side], list[_Side]]], p: float) -> None:
+def _pair_up(made: _Making, unpaired: Iterable[tuple[list[_Side], list[_Side]]], p: float | None) -> None:
     for good, bad in unpaired:
         for chosen, rejected in zip(good, bad, strict=False):  # counted below
             if reason := _unusable(chosen.answer, rejected.answer):
                 made.found.left_out[reason] += 1
             else:
-                made.add(chosen, rejected.answer, p, rejected_line=rejected.line)
+                sure = (chosen.p + rejected.p) / 2 if p is None else p
+                made.add(chosen, rejected.answer, sure, rejected_line=rejected.line)
         if alone := abs(len(good) - len(bad)):
             made.found.left_out["an unpaired answer without one of the other label to the same prompt"] += alone
 

@@ -128,13 +128,6 @@ def test_rows_keep_their_ids(tmp_path: Path):
     assert "1 ids stood before, and got a number" in found.summary()
 
 
-def test_how_sure_unpaired_rows_are_is_told_as_not_read(tmp_path: Path):
-    rows = [{"prompt": "x", "completion": c, "label": c == "y", "p_chosen": 0.7, "id": f"r{c}"} for c in "yz"]
-    found = read_preferences(rows_file(tmp_path, *rows))
-    assert [(r["id"], r["p_a"]) for r in found.records] == [("ry", 1.0)]
-    assert "columns not read: p_chosen (of unpaired rows)" in found.summary()
-
-
 def test_what_makes_no_pair_is_counted(tmp_path: Path):
     good = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 3}
     found = read_preferences(
@@ -255,6 +248,10 @@ def test_our_labels_as_unpaired_rows(tmp_path: Path):
         ("It is blue.", "It is green."),
         ("It is green.", "It is blue."),
     ]
+    assert [(r["id"], r["p_a"]) for r in back] == [("one#0", 0.75), ("two#0", 0.75)]
+    rows.records[0]["p_chosen"] = 0.95
+    assert read_preferences(rows_file(tmp_path, *rows.records)).records[0]["p_a"] == pytest.approx(0.85)
+    assert read_preferences(rows_file(tmp_path, *rows.records), p_chosen=0.9).records[0]["p_a"] == 0.9
 
 
 def chain(answer: str, *revisions: str) -> Record:
