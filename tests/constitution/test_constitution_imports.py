@@ -198,6 +198,11 @@ def test_hostile_files_are_refused_by_file_and_place(tmp_path: Path, name: str, 
         import_constitution([write(tmp_path, name, content)])
 
 
+def test_what_no_constitution_file_could_hold_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="cannot be written as a file: its name would not read back the same"):
+        import_constitution([write(tmp_path, "my  rules.md", "- Be kind.\n")])
+
+
 def test_what_is_no_text_at_all(tmp_path: Path):
     path = tmp_path / "x.md"
     path.write_bytes(b"- caf\xe9\n")

@@ -64,7 +64,7 @@ def test_a_letter_without_probability_is_listed_all_the_same(never: float) -> No
     assert read_listed(("A", -0.1), ("x", never)) == Reading((-0.1, -1e6), bounded=True)  # what is last bounds it
 
 
-@pytest.mark.parametrize("odd", [math.nan, "-0.1", None, True, 3.0, math.inf])
+@pytest.mark.parametrize("odd", [math.nan, "-0.1", None, False, 3.0, math.inf])
 def test_a_letter_whose_log_prob_is_none_abstains(odd: Any) -> None:
     assert read_listed(("A", odd), ("B", -1.0), ("x", -1.5)) == Reading(None, NO_NUMBER)
     assert read_listed(("A", -0.5), ("B", -1.5), ("x", odd)) == Reading((-0.5, -1.5))

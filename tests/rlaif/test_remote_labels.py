@@ -16,8 +16,10 @@ from small_run import WORDS, tiny_llama, word_tokenizer, write_lines, write_run
 from bylaw.cli import main
 from bylaw.constitution.schema import Constitution
 from bylaw.inputs import Run
+from bylaw.judges import server_reader
 from bylaw.model.checkpoint import checkpoint_hash, load_model, save_model
 from bylaw.model.engine import Engine
+from bylaw.model.parallel import ALONE
 from bylaw.model.records import Record, read_records
 from bylaw.model.sampler import turn
 from bylaw.model.tokenizer import Tokenizer
@@ -157,6 +159,12 @@ def test_a_recipe_with_a_judge_behind_http(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"stage label: the judge cannot be asked: .*connection failed"):
         run_pipeline(remote, ("label",))
     assert not (recipe.out / "label").exists()
+
+
+def test_of_ranks_that_share_out_matrices_the_first_asks(tmp_path: Path) -> None:
+    remote = dataclasses.replace(small_run(tmp_path), judge="http://localhost:1/v1", judge_server=RemoteConfig(**QUICK))
+    ranks = [dataclasses.replace(ALONE, tensor_rank=rank, tensor_ranks=2) for rank in (0, 1)]
+    assert [server_reader(Run(remote, rank)).asks for rank in ranks] == [True, False]
 
 
 def test_other_examples_are_other_labels(tmp_path: Path) -> None:
