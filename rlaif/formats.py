@@ -50,10 +50,9 @@ def read_preferences(path: Path, p_chosen: float | None = None) -> Counted:
     """The rows of a TRL file as preference records in which a is the chosen answer, with no labels of ours.
 
     `p_chosen` is the probability that the chosen one is better; None takes the row's own "p_chosen", as our exports
-    have it, else 1. Unpaired rows of one prompt are paired, good with bad, in their order, and are as sure as the mean
-    of both. A record has its row's own
-    "id", with a number if it stands twice. Records of one prompt share a prompt_id, so that none of them is trained on
-    while another is held out.
+    have it, else 1. Unpaired rows of one prompt are paired, good with bad, in their order, and a pair is as sure as the
+    mean of both. A record has its row's own "id", with a number if it stands twice. Records of one prompt share a
+    prompt_id, so that none of them is trained on while another is held out.
 
     ValueError naming file and line for rows of another form, and naming the file when it gives no record. What has the
     right form and makes no pair of answers is left out and counted.
