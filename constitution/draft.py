@@ -47,12 +47,20 @@ def assemble(
 
 
 def merge(parts: Sequence[Imported], name: str) -> Imported:
-    """Several readings as one constitution, in their order; ids that two of them have get a number."""
+    """Several readings as one constitution, in their order; ids that two of them have get a number, but for principles
+    that differ in their sources alone, which become one with the sources of all.
+    """
     if len(parts) == 1:
         return parts[0]
-    unique, renamed = _unique([p for part in parts for p in part.constitution.principles])
+    found = [p for part in parts for p in part.constitution.principles]
+    sources: dict[Principle, dict[str, None]] = {}
+    for principle in found:
+        sources.setdefault(replace(principle, sources=()), {}).update(dict.fromkeys(principle.sources))
+    unique, renamed = _unique([replace(principle, sources=tuple(named)) for principle, named in sources.items()])
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     told = [f"{renamed} ids stood in more than one file, and got a number"] if renamed else []
+    if twice := len(found) - len(sources):
+        told.append(f"{twice} principles stood before with the same id and words, and were taken once")
     constitution = replace(
         parts[0].constitution,
         name=name,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bylaw.constitution.load import ID, Section, Table, decode, parse_toml, sections_of
+from bylaw.constitution.released_texts import dialogue_of
 from bylaw.constitution.render import (
     comparison_request,
     conclusion,
@@ -36,6 +37,7 @@ class RevisionExample:
     """A prompt, an answer that a principle finds fault with (or not), the critique that says so, and the revision."""
 
     prompt: str
+    """What a person says; or a dialogue that ends with it, as "Human: ...", "Assistant: ...", an empty line between."""
     answer: str
     principle: str
     """A principle's id, or a principle in own words."""
@@ -48,6 +50,7 @@ class ComparisonExample:
     """A prompt, two answers, and which of them keeps a principle better."""
 
     prompt: str
+    """As in `RevisionExample`."""
     principle: tuple[str, ...]
     """Ids of principles, or principles in own words, by each of which `better` is right; one of them is drawn."""
     a: str
@@ -128,7 +131,7 @@ def pick(examples: Sequence[Example], count: int, uniform: Uniform) -> list[Exam
 def revision_turns(constitution: Constitution, example: RevisionExample, critiques: bool = True) -> Turns:
     """The example as turns: prompt and answer, the request and the critique, the request and the revision."""
     principle = _principle(constitution, example.principle)
-    dialogue = [_user(example.prompt), _assistant(example.answer)]
+    dialogue = [*prompt_turns(example.prompt), _assistant(example.answer)]
     if not critiques:
         return [*dialogue, _user(direct_request(constitution, principle)), _assistant(example.revision)]
     dialogue += [_user(critique_request(constitution, principle)), _assistant(example.critique)]
@@ -153,9 +156,14 @@ def comparison_turns_as(
     """The same by this principle, with the answers in this order."""
     letters = dict(zip(order, LETTERS, strict=True))
     answers = [getattr(example, side) for side in order]
-    question = comparison_request(constitution, principle, [_user(example.prompt)], *answers)
+    question = comparison_request(constitution, principle, prompt_turns(example.prompt), *answers)
     reply = conclusion(constitution, fill(example.reasons, letters) if thoughts else "")
     return [_user(question), _assistant(f"{reply} {letters[example.better]}")]
+
+
+def prompt_turns(prompt: str) -> Turns:
+    """The turns of an example's prompt. ValueError for one that begins "Human:" and is no dialogue up to the person."""
+    return dialogue_of(prompt, "the prompt", "user") if prompt.startswith("Human:") else [_user(prompt)]
 
 
 def longest_turns(
@@ -195,6 +203,7 @@ def _revision(table: Table, constitution: Constitution) -> RevisionExample:
     names = [field.name for field in fields(RevisionExample)]
     table.refuse_unknown(names)
     example = RevisionExample(**{name: table.text(name) for name in names})
+    _check_prompt(table, example.prompt)
     _check_principle(table, example.principle, constitution, "critique")
     return example
 
@@ -202,6 +211,7 @@ def _revision(table: Table, constitution: Constitution) -> RevisionExample:
 def _comparison(table: Table, constitution: Constitution) -> ComparisonExample:
     table.refuse_unknown([field.name for field in fields(ComparisonExample)])
     texts = {name: table.text(name) for name in ("prompt", "a", "b", "better")}
+    _check_prompt(table, texts["prompt"])
     if texts["better"] not in ("a", "b"):
         raise table.error("better", f'is {texts["better"]!r:.80}; allowed: "a" or "b"')
     listed = isinstance(table.values.get("principle"), list)
@@ -211,6 +221,13 @@ def _comparison(table: Table, constitution: Constitution) -> ComparisonExample:
     for named in principles:
         _check_principle(table, named, constitution, "comparison")
     return ComparisonExample(**texts, principle=principles, reasons=table.template("reasons", ("a", "b")))
+
+
+def _check_prompt(table: Table, prompt: str) -> None:
+    try:
+        prompt_turns(prompt)
+    except ValueError as error:
+        raise table.error("prompt", f"begins 'Human:' as a dialogue does, but {error}") from None
 
 
 def _check_principle(table: Table, named: str, constitution: Constitution, stage: Stage) -> None:

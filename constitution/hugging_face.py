@@ -3,6 +3,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,20 @@ def read_hugging_face(value: dict[str, Any], path: Path) -> Imported:
         "the file has no statements: each revision request stands as one, until somebody words it",
     ]
     if chats := value.get("system_chat"):
-        notes.append(f"{len(hugging_face_examples(value, path))} of {len(chats)} example chats can be read as examples")
+        odd = Counter(one for one in hugging_face_examples(value, path) if isinstance(one, str))
+        notes.append(f"{len(chats) - odd.total()} of {len(chats)} example chats can be read as examples")
+        notes += [f"{count} cannot: {reason}" for reason, count in odd.items()]
     if left := sorted(set(value) - {"constitutions", "system_chat"}):
         notes.append(f"left out: {', '.join(map(repr, left))}")
     return assemble(principles, FORM, path, notes)
 
 
-def hugging_face_examples(value: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+def hugging_face_examples(value: dict[str, Any], path: Path) -> list[dict[str, Any] | str]:
     """The chats as {"prompt": messages, "answer", "principle", "critique", "revision", "critique_request",
-    "revision_request"}; `principle` is the id whose critique request the chat uses, "" if none.
+    "revision_request"}; `principle` is the id whose critique request the chat uses, "" if none. For a chat that is not
+    turns of user and assistant that end in a revision, why it is no example.
 
-    ValueError naming chat and turn for what is not turns of user and assistant that end in a revision.
+    ValueError where there is no list of chats.
     """
     chats = value.get("system_chat")
     if not chats:
@@ -47,7 +51,7 @@ def hugging_face_examples(value: dict[str, Any], path: Path) -> list[dict[str, A
         for number, entry in enumerate(rows(value["constitutions"], str(path)), 1)
         if isinstance(entry, dict) and isinstance(entry.get("critic"), str)
     }
-    return [_example(chat, ids, f"{path}: chat {number}") for number, chat in enumerate(chats, 1)]
+    return [_odd(chat) or _example(chat, ids) for chat in chats]
 
 
 def dump_hugging_face(constitution: Constitution, chats: Sequence[Sequence[dict[str, str]]] = ()) -> str:
@@ -75,21 +79,22 @@ def _principle(entry: object, number: int, path: Path) -> Principle:
     )
 
 
-def _example(chat: object, ids: dict[str, str], where: str) -> dict[str, Any]:
-    turns = rows(chat, where)
-    for number, turn in enumerate(turns):
-        fields = table(turn, ("role", "content"), f"{where}: turn {number + 1}")
-        check_text(fields["content"], f"{where}: turn {number + 1}")
-        if fields["role"] != _ROLES[number % 2]:
-            raise ValueError(
-                f"{where}: turn {number + 1} has the role {fields['role']!r}; allowed: {_ROLES[number % 2]}"
-            )
-    if len(turns) < 6 or len(turns) % 2:
-        raise ValueError(
-            f"{where}: {len(turns)} turns; allowed: an even number from 6 (question, answer, request, critique, "
-            "request, revision)"
-        )
-    *prompt, answer, ask, critique, again, revision = turns
+def _odd(chat: object) -> str:
+    """Why a chat is no example; "" if it is one."""
+    if not isinstance(chat, list) or len(chat) < 6 or len(chat) % 2:
+        shown = f"{len(chat)} turns" if isinstance(chat, list) else type(chat).__name__
+        return f"a chat of {shown}, not of 6, 8, 10 or so: question, answer, request, critique, request, revision"
+    try:
+        for turn in chat:
+            check_text(table(turn, ("role", "content"), "turn")["content"], "turn")
+    except ValueError:
+        return "a chat with a turn that has no text"
+    fitting = all(turn["role"] == _ROLES[number % 2] for number, turn in enumerate(chat))
+    return "" if fitting else "a chat whose turns are not the user's and the assistant's, one by one"
+
+
+def _example(chat: list[dict[str, Any]], ids: dict[str, str]) -> dict[str, Any]:
+    *prompt, answer, ask, critique, again, revision = chat
     request = ask["content"].strip()
     return {
         "prompt": prompt,

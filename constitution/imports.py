@@ -1,6 +1,7 @@
 """Constitutions from files of other forms, and back into them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,22 @@ from bylaw.constitution.hugging_face import dump_hugging_face, hugging_face_exam
 from bylaw.constitution.plain import read_markdown, read_numbered
 from bylaw.constitution.released import dump_comparisons, dump_critiques, read_comparisons, read_critiques
 from bylaw.constitution.released_texts import Example, comparison_examples, critique_examples, read_chains
-from bylaw.constitution.schema import Constitution, Stage
+from bylaw.constitution.schema import Constitution, Stage, Templates
 from bylaw.constitution.write import dump_constitution
 
-FORMS: dict[str, Callable[[Constitution], str]] = {
+WRITERS: dict[str, Callable[[Constitution], str]] = {
     "anthropic-critiques": dump_critiques,
     "anthropic-comparisons": dump_comparisons,
     "hugging-face": dump_hugging_face,
 }
-"""Writers by the names that the command line knows them by."""
+"""By the names that the command line knows the forms by."""
+_REQUESTS = ("critique", "revision")
+_HELD: dict[str, tuple[Stage, tuple[str, ...], tuple[str, ...], str]] = {
+    "anthropic-critiques": ("critique", _REQUESTS, _REQUESTS, "ids and requests"),
+    "anthropic-comparisons": ("comparison", ("comparison",), ("question",), "questions, without ids"),
+    "hugging-face": ("critique", _REQUESTS, _REQUESTS, "requests, without ids"),
+}
+"""Of each form: its stage, the principles' own requests and the templates that reach it, and what it holds."""
 
 _MARKDOWN = (".md", ".markdown")
 _ALLOWED = (
@@ -39,9 +47,32 @@ def import_constitution(paths: Sequence[Path]) -> Imported:
     return imported
 
 
-def import_examples(path: Path) -> tuple[Stage, list[Example]]:
+def not_held(constitution: Constitution, form: str) -> list[str]:
+    """What a form of `WRITERS` has no place for, of this constitution."""
+    stage, own, templates, holds = _HELD[form]
+    used = [p for p in constitution.principles if stage in p.stages]
+    others = [p.id for p in constitution.principles if stage not in p.stages]
+    lost = [name for name in ("critique", "revision", "comparison") if name not in own]
+    given, usual = asdict(constitution.templates), Templates()
+    changed = [name for name, text in given.items() if name not in templates and text != getattr(usual, name)]
+    counts = {
+        f"principles that are not of the stage {stage}: {', '.join(others)}": len(others),
+        "weights": sum(p.weight != 1 for p in used),
+        "lists of tags": sum(bool(p.tags) for p in used),
+        "requests of a principle's own, for the other stage": sum(
+            bool(getattr(p, name)) for p in used for name in lost
+        ),
+        f"templates: {', '.join(changed)}": len(changed),
+    }
+    return [
+        f"the form holds {holds}: no titles, statements, sources, licence or preamble",
+        *(f"left out: {count} {what}" for what, count in counts.items() if count),
+    ]
+
+
+def import_examples(path: Path) -> tuple[Stage, Sequence[Example | str]]:
     """ "critique" or "comparison", and the examples of a few-shot file of the release or of the chats of a Hugging
-    Face constitution. ValueError naming file and place, also where there are none.
+    Face constitution, or why one of them is none. ValueError naming file and place, also where there are none.
     """
     value = read_json(read_text(path), str(path))
     if isinstance(value, dict) and "constitutions" in value:

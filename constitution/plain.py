@@ -9,7 +9,10 @@ from bylaw.constitution.schema import Principle
 
 _NUMBERED = re.compile(r"\s*\(?(\d{1,4})[.)]\s+(\S.*)")
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*")
-_ITEM = re.compile(r"( {0,3})(?:[-*+]|\d{1,4}[.)])\s+(\S.*)")
+_ITEM = re.compile(r"([ \t]*)(?:[-*+]|\d{1,4}[.)])\s+(?:\[[ xX]\]\s+)?(\S.*)")
+_UNDERLINE = re.compile(r" {0,3}(={2,}|-{2,})\s*")
+_CODE = 4  # spaces in front of a line from which it is no item, unless it stands below one
+_DEEPER = 2  # from which an item below another is part of it
 _NOT_TEXT = re.compile(r"\s*(?:\||>|<!--|!\[|(?:-{3,}|\*{3,}|_{3,}|={3,})\s*$)")
 # Emphasis is a title only where a mark parts it from the rest: "**Never** lie" is a statement.
 _LEAD = re.compile(r"(\*\*|__)((?:(?!\1).)+?)(?:[:.]\1\s*[:.]?|\1\s*(?:[:.]|-+\s|[\u2013\u2014]))\s*(\S.*)", re.DOTALL)
@@ -45,10 +48,11 @@ def read_numbered(text: str, path: Path) -> Imported:
 
 
 def read_markdown(text: str, path: Path) -> Imported:
-    """Markdown: headings are titles, the bullets or numbered items below them statements; a heading without items has
-    its paragraphs as statements. A first heading above all others names the document, and the paragraphs below it are
-    the preamble if principles come elsewhere. Tables, quotes, pictures and code are left out, and so are paragraphs
-    beside items; all are counted. ValueError when nothing makes a principle.
+    """Markdown: headings are titles, the bullets or numbered items below them statements, each with the items further
+    in below it; a heading without items has its paragraphs as statements. A first heading above all others names the
+    document, and the paragraphs below it are the preamble if principles come elsewhere. Tables, quotes, pictures, code
+    and front matter are left out, and so are paragraphs beside items; all are counted. ValueError when nothing makes a
+    principle.
     """
     sections, skipped = _sections(text)
     name, above = "", []
@@ -64,7 +68,11 @@ def read_markdown(text: str, path: Path) -> Imported:
         above = [*above, *sections[0].paragraphs]
         beside = [one for one in beside if one not in sections[0].paragraphs]
     principles = [p for section in sections for p in _section_principles(section, section.title == name, path)]
-    notes = [f"{len(skipped)} lines of tables, quotes, code and rules left out: {_lines(skipped)}"] if skipped else []
+    notes = (
+        [f"{len(skipped)} lines of tables, quotes, code, rules and front matter left out: {_lines(skipped)}"]
+        if skipped
+        else []
+    )
     if beside:
         notes.append(f"{len(beside)} paragraphs beside items left out: {_lines([n for n, _ in beside])}")
     preamble = check_text("\n\n".join(one for _, one in above), f"{path}: preamble") if above else ""
@@ -87,36 +95,78 @@ class _Section:
 
 def _sections(text: str) -> tuple[list[_Section], list[int]]:
     """The sections, and the numbers of the lines that are no text."""
-    sections, skipped = [_Section()], []
-    open_block: list[tuple[int, str]] | None = None
-    fenced = False
-    for number, line in enumerate(text.split("\n"), 1):
-        fence = line.lstrip().startswith(("```", "~~~"))
-        if fenced or fence or _NOT_TEXT.match(line):
-            fenced ^= fence
-            skipped.append(number)
-            open_block = None
+    lines = text.split("\n")
+    front = _front_matter(lines)
+    found = _Found(skipped=list(range(1, front + 1)))
+    for number, line in enumerate(lines[front:], front + 1):
+        found.take(number, line)
+    return [s for s in found.sections if s.title or s.blocks], found.skipped
+
+
+@dataclass
+class _Found:
+    """What has been read so far, and the blocks whose last one the next line may go on with."""
+
+    skipped: list[int]
+    sections: list[_Section] = field(default_factory=lambda: [_Section()])
+    blocks: list[tuple[int, str]] | None = None
+    indent: int = 0
+    fenced: bool = False
+    gap: bool = False
+
+    def take(self, number: int, line: str) -> None:
+        fence, last = line.lstrip().startswith(("```", "~~~")), self.sections[-1]
+        if self.fenced or fence:
+            self.fenced ^= fence
+            self._skip(number)
+        elif self.blocks and self.blocks is last.paragraphs and (under := _UNDERLINE.fullmatch(line)):
+            self._head(1 if "=" in under[1] else 2, self.blocks.pop()[1])
+        elif _NOT_TEXT.match(line):
+            self._skip(number)
         elif heading := _HEADING.fullmatch(line):
-            sections.append(_Section(len(heading[1]), _unmarked(heading[2])))
-            open_block = None
-        elif item := _ITEM.fullmatch(line):
-            open_block = sections[-1].items
-            open_block.append((number, item[2]))
-        elif not line.strip():
-            open_block = sections[-1].items if open_block is sections[-1].items and open_block else None
-        elif open_block is not None and (
-            open_block is sections[-1].paragraphs or line[0].isspace() or _goes_on(text, number)
-        ):
-            open_block[-1] = (open_block[-1][0], f"{open_block[-1][1]}\n{line}")
+            self._head(len(heading[1]), heading[2])
+        elif line.strip() and not self._item(number, line):
+            self._text(number, line)
+        elif not line.strip() and self.blocks is not last.items:
+            self.blocks = None
+        self.gap = not line.strip()
+
+    def _skip(self, number: int) -> None:
+        self.skipped.append(number)
+        self.blocks = None
+
+    def _head(self, level: int, title: str) -> None:
+        self.sections.append(_Section(level, one_line(_unmarked(title))))
+        self.blocks = None
+
+    def _item(self, number: int, line: str) -> bool:
+        """Take an item; whether it is one. One that stands further in than the item above is part of that."""
+        item, items = _ITEM.fullmatch(line), self.sections[-1].items
+        depth = len(item[1].expandtabs(_CODE)) if item else 0
+        if item and items and self.blocks is items and depth >= self.indent + _DEEPER:
+            start, above = items[-1]
+            items[-1] = (start, f"{above}{'' if above.rstrip()[-1] in '.:;,!?' else ';'}\n{item[2]}")
+        elif item and depth < _CODE:
+            self.blocks, self.indent = items, depth
+            items.append((number, item[2]))
         else:
-            open_block = sections[-1].paragraphs
-            open_block.append((number, line))
-    return [s for s in sections if s.title or s.blocks], skipped
+            return False
+        return True
+
+    def _text(self, number: int, line: str) -> None:
+        """An item goes on over lines, and over an empty one where the line is further in."""
+        paragraphs = self.sections[-1].paragraphs
+        if self.blocks and (self.blocks is paragraphs or line[0].isspace() or not self.gap):
+            self.blocks[-1] = (self.blocks[-1][0], f"{self.blocks[-1][1]}\n{line}")
+        else:
+            self.blocks = paragraphs
+            paragraphs.append((number, line))
 
 
-def _goes_on(text: str, number: int) -> bool:
-    """Whether the line above line `number` has text: an item goes on over lines, not over an empty one."""
-    return bool(text.split("\n")[number - 2].strip())
+def _front_matter(lines: list[str]) -> int:
+    """How many lines, at the top, stand between two lines of dashes."""
+    ends = [number for number, line in enumerate(lines[1:], 2) if line.rstrip() in ("---", "...")]
+    return ends[0] if ends and lines[0].rstrip() == "---" else 0
 
 
 def _names_document(sections: list[_Section]) -> bool:

@@ -13,6 +13,7 @@ RLMadisonPrecogFewShotPrompts.json    [{"prompt": text}, ...], the text being a 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def critique_examples(value: list[Any], path: Path) -> list[Example]:
             raise ValueError(
                 f"{where}: is not a dialogue with CritiqueRequest:, Critique:, RevisionRequest: and Revision: after it"
             )
-        *prompt, answer = _dialogue(found["dialogue"], _TURN, where, last="assistant")
+        *prompt, answer = dialogue_of(found["dialogue"], where, "assistant")
         names = ("critique", "revision", "critique_request", "revision_request")
         texts = {name: check_text(found[name], f"{where}: {name}") for name in names}
         examples.append({"prompt": prompt, "answer": answer["content"], "principle": ""} | texts)
@@ -90,15 +91,45 @@ def read_chains(path: Path) -> tuple[list[Example], Imported]:
     return chains, assemble(known.values(), "sampled chains", path, [])
 
 
-def dump_chains(chains: Sequence[Example], constitution: Constitution) -> str:
-    """Chain records in the form of *_SLMADISON.jsonl, their requests those of `constitution`. ValueError when it has
-    not the principles that the chains were made by, or has them in other words.
+def dump_chains(chains: Sequence[Example], constitution: Constitution) -> tuple[str, dict[str, int]]:
+    """Chain records in the form of *_SLMADISON.jsonl, their requests those of `constitution`, and how many were left
+    out, by reason: those that would not be read back the same.
+
+    ValueError for chains made without critiques, and when the constitution has not the principles that the chains were
+    made by, or has them in other words.
     """
-    return "".join(json.dumps(_sample(chain, constitution), ensure_ascii=False) + "\n" for chain in chains)
+    lines: list[str] = []
+    left_out: Counter[str] = Counter()
+    for chain in chains:
+        sample = _sample(chain, constitution)
+        if reason := _unlike(chain, sample):
+            left_out[reason] += 1
+        else:
+            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+    return "".join(lines), dict(left_out)
+
+
+def _unlike(chain: Example, sample: Example) -> str:
+    """Why a reader would not find the chain in `sample` again; "" if it would."""
+    if not all(text.strip() for text in _texts(chain)):
+        return "an empty answer, critique or revision"
+    turns = [(message["role"], message["content"].strip()) for message in chain["prompt"]]
+    try:
+        back = _chain(sample, Path("sample"), 1, {})
+    except ValueError:
+        return "a text that the form cannot hold (a system message, a speaker's name within a turn, no round)"
+    same = [(message["role"], message["content"]) for message in back["prompt"]] == turns
+    same = same and _texts(back) == [text.strip() for text in _texts(chain)]
+    return "" if same else "a text that would be read otherwise (a speaker's name within a turn)"
+
+
+def _texts(chain: Example) -> list[str]:
+    rounds = [one[name]["text"] for one in chain["rounds"] for name in ("critique", "revision")]
+    return [chain["answer"]["text"], *rounds]
 
 
 def _pair_example(item: dict[str, Any], where: str) -> Example:
-    prompt = _dialogue(check_text(item["prompt"], f"{where}: prompt"), _TURN, f"{where}: prompt", last="user")
+    prompt = dialogue_of(check_text(item["prompt"], f"{where}: prompt"), f"{where}: prompt", "user")
     sides = {}
     for side, name in (("a", "corrects"), ("b", "incorrects")):
         answer = only(table(item, (name,), where)[name], f"{where}: {name}")
@@ -114,11 +145,11 @@ def _thought_example(item: dict[str, Any], where: str) -> Example:
             "(A) [[[...]]] and (B) [[[...]]], thoughts, and 'So the answer is: (A)' or (B)"
         )
     texts = {name: check_text(found[name], f"{where}: {name}") for name in ("a", "b", "reasons")}
-    prompt = _dialogue(found["dialogue"], _SHORT_TURN, where, last="user")
+    prompt = dialogue_of(found["dialogue"], where, "user", _SHORT_TURN)
     return {"prompt": prompt, "principle": "", **texts, "better": found["better"].lower()}
 
 
-def _dialogue(text: str, turn: re.Pattern[str], where: str, last: str) -> list[dict[str, str]]:
+def dialogue_of(text: str, where: str, last: str, turn: re.Pattern[str] = _TURN) -> list[dict[str, str]]:
     """The messages of a text, which must begin with the human and end with `last`. Turns of one speaker in a row are
     joined by an empty line; an empty turn of the assistant at the end, where an answer is to come, is left out.
     """
@@ -146,7 +177,7 @@ def _dialogue(text: str, turn: re.Pattern[str], where: str, last: str) -> list[d
 def _chain(value: object, path: Path, line: int, known: dict[str, Principle]) -> Example:
     where = f"{path}:{line}"
     row = table(value, _SAMPLE_KEYS, where)
-    prompt = _dialogue(check_text(row["rl_prompt"], f"{where}: rl_prompt"), _TURN, f"{where}: rl_prompt", last="user")
+    prompt = dialogue_of(check_text(row["rl_prompt"], f"{where}: rl_prompt"), f"{where}: rl_prompt", "user")
     first = only(row["initial_response"], f"{where}: initial_response")
     rounds = []
     for number, step in enumerate(rows(row["cst"], f"{where}: cst"), 1):
@@ -178,11 +209,8 @@ def _given(value: object, where: str) -> dict[str, Any]:
 
 
 def _sample(chain: Example, constitution: Constitution) -> Example:
-    names = {"user": "Human", "assistant": "Assistant"}
-    turns = [*chain["prompt"]]
-    if any(message["role"] not in names for message in turns):
-        raise ValueError(f"chain {chain['id']!r} has a system message, which this form has no place for")
-    text = "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in turns)
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    text = "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in chain["prompt"])
     steps = [_step(chain["id"], one, constitution) for one in chain["rounds"]]
     first = [{"sample": f" {chain['answer']['text']}"}]
     columns = chain["by"].get("columns", {})
@@ -190,6 +218,11 @@ def _sample(chain: Example, constitution: Constitution) -> Example:
 
 
 def _step(id: str, one: Example, constitution: Constitution) -> Example:
+    if one["critique"] is None:
+        raise ValueError(
+            f"chain {id!r}, round {one['round']}: has no critique (revise.critiques = false), without which this "
+            "form is not; take the form revisions or trl-prompt-completion"
+        )
     principle = constitution.principle(one["principle"]["id"])
     if principle.hash != one["principle"]["hash"]:
         raise ValueError(

@@ -36,6 +36,7 @@ from bylaw.model.tokenizer_files import (
 
 # Stand-ins for special tokens spelled out in a message, from a private-use plane that no text carries.
 _FIRST_MARK = 0xF0000
+_KEPT = 32  # encodings: more than a dialogue with its examples has turns
 
 
 class Tokenizer:
@@ -59,6 +60,7 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.tokens, self.template, self.generation = dict(tokens), template, generation
+        self._kept: dict[tuple[str, bool], tokenizers.Encoding] = {}
         self._add_special_tokens()
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id, self.pad_id = (self._token_id(name) for name in TOKEN_NAMES[:3])
@@ -333,10 +335,16 @@ class Tokenizer:
         return ids
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
+        """The encoding; the last few are kept, as dialogues that begin alike are encoded turn by turn, one by one."""
+        key = (text, self.backend.encode_special_tokens)
         try:
-            return self.backend.encode(text, add_special_tokens=False)
+            found = self._kept.pop(key, None) or self.backend.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception (a word-level vocabulary without [UNK])
             raise ValueError(f"the tokenizer cannot encode {text!r:.80}: {error}") from error
+        self._kept[key] = found  # now the newest
+        if len(self._kept) > _KEPT:
+            self._kept.pop(next(iter(self._kept)), None)
+        return found
 
     def _token_id(self, name: str) -> int:
         found = self.backend.token_to_id(self.tokens[name]) if name in self.tokens else None

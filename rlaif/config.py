@@ -36,7 +36,9 @@ class LabelConfig:
     some: int = 4
     """How many principles `some` are."""
     helpful_principle: str = ""
-    """Id of a principle that alone judges the pairs of the recipe's `helpful` prompts; empty judges them as others."""
+    """Id of a principle that judges the pairs of the recipe's `helpful` prompts, alone, and no others; empty judges
+    them as others.
+    """
     shots: int = 0
     """Examples shown before each question, drawn anew for each prompt; base models want 3 to 5."""
     thoughts: int = 0
@@ -102,8 +104,8 @@ class RemoteConfig:
     timeout_seconds: float = 60.0
     """For one request, from its start to the last byte of the answer."""
     concurrency: int = 8
-    """Requests under way together."""
-    retries: int = 6
+    """Requests under way together, of each of torchrun's data ranks: several ask so many times as much."""
+    retries: int = 10
     """Further attempts at a request that timed out, was cut off, or met an overloaded or failing server."""
     backoff_seconds: float = 0.5
     """Wait before the first further attempt; it doubles with each, and is longer where the server asks for longer."""
@@ -170,6 +172,8 @@ class DPOConfig(OptimSettings):
     """Pairs per optimiser step."""
     heldout_fraction: float = 0.1
     """Share of the prompts whose pairs are kept for measuring."""
+    helpful_ratio: float = 0.0
+    """Share of the training pairs that come from the recipe's `helpful_preferences`; held-out pairs have none."""
     hard_labels: bool = False
     """Train on labels rounded to 0 or 1, to compare with soft ones. Records and measures stay soft."""
 
@@ -179,6 +183,7 @@ class DPOConfig(OptimSettings):
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "above 0 and below 1")
+        require(0 <= self.helpful_ratio < 1, "helpful_ratio", self.helpful_ratio, "0 (none) or more, below 1")
 
 
 AT_LEAST_0 = (

@@ -26,11 +26,14 @@ TOO_LITTLE = "too little probability on the marks"
 
 @dataclass(frozen=True, kw_only=True)
 class Rater:
-    """A judge on this machine, and the dialogue of each prompt id."""
+    """A judge on this machine, the dialogue of each prompt id, and the tokenizer that the answers' ids are of: that of
+    the policy, which need not be the judge's.
+    """
 
     judge: Judge
     engine: Engine
     dialogues: Mapping[str, Dialogue]
+    policy: Tokenizer
 
     def rate(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
         """For each answer `score`, or None and the reason in `abstained`; and each principle's reading: the
@@ -61,7 +64,7 @@ class Rater:
         return self.judge.principles({"id": key, "prompt_id": rollout.prompt_id})
 
     def _prompt(self, rollout: Rollout, principle: Any, tokenizer: Tokenizer) -> list[int]:
-        answer = tokenizer.decode(rollout.response).strip()
+        answer = self.policy.decode(rollout.response).strip()
         request = rating_request(self.judge.constitution, principle, self.dialogues[rollout.prompt_id], answer)
         return tokenizer.prompt_ids([turn("user", request)], prefix=self._prefix)
 

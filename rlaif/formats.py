@@ -10,6 +10,7 @@ Each value is text ("standard") or a list of messages {"role", "content"} ("conv
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,26 @@ from bylaw.model.records import Record, decode_record, numbered_lines
 from bylaw.model.sampler import Dialogue, Turn, turn
 
 _READ = ("prompt", "chosen", "rejected", "completion", "label", "p_chosen", "id")
+_LONG = 12  # characters of a prompt that no answer begins with by chance
 _FORMS = '{"prompt", "chosen", "rejected"}, {"chosen", "rejected"} or {"prompt", "completion", "label"}'
 
 
 @dataclass
 class Counted:
-    """Records made from a file or of a run, how many things were left out by reason, and columns nobody read."""
+    """Records made from a file or of a run, how many things were left out by reason, columns nobody read, and how many
+    things were taken otherwise than they stand.
+    """
 
     records: list[Record] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
         """One line for a person."""
         parts = [f"{len(self.records)} records"]
         parts += [f"{count} left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        parts += [f"{count} {what}" for what, count in sorted(self.changed.items())]
         if self.unread:
             parts.append(f"columns not read: {', '.join(sorted(self.unread))}")
         return "; ".join(parts)
@@ -44,17 +50,17 @@ def read_preferences(path: Path, p_chosen: float | None = None) -> Counted:
     """The rows of a TRL file as preference records in which a is the chosen answer, with no labels of ours.
 
     `p_chosen` is the probability that the chosen one is better; None takes the row's own "p_chosen", as our exports
-    have it, else 1. Unpaired rows of one prompt are paired, good with bad, in their order. Records of one prompt share
-    a prompt_id, so that none of them is trained on while another is held out.
+    have it, else 1. Unpaired rows of one prompt are paired, good with bad, in their order, and a pair is as sure as the
+    mean of both. A record has its row's own "id", with a number if it stands twice. Records of one prompt share a
+    prompt_id, so that none of them is trained on while another is held out.
 
     ValueError naming file and line for rows of another form, and naming the file when it gives no record. What has the
     right form and makes no pair of answers is left out and counted.
     """
     if p_chosen is not None and not 0.5 <= p_chosen <= 1:
         raise ValueError(f"p_chosen = {p_chosen}; allowed: 0.5 to 1, the probability that the chosen answer is better")
-    found = Counted()
-    prompts: dict[str, str] = {}
-    unpaired: dict[str, tuple[list[_Side], list[_Side]]] = {}
+    made = _Making(path, Counted())
+    found, unpaired = made.found, dict[str, tuple[list[_Side], list[_Side]]]()
     for number, line in numbered_lines(path):
         if not line.strip():
             continue
@@ -65,13 +71,14 @@ def read_preferences(path: Path, p_chosen: float | None = None) -> Counted:
             side = _read_unpaired(row, where, number)
             unpaired.setdefault(_key(side.prompt), ([], []))[not row["label"]].append(side)
             continue
-        sides = _read_pair(row, where)
+        sides = _read_pair(row, where, found)
         if isinstance(sides, str):
             found.left_out[sides] += 1
             continue
+        prompt, chosen, rejected = sides
         p = _probability(row, where) if p_chosen is None else p_chosen
-        found.records.append(_record(path, number, *sides, p, prompts))
-    _pair_up(path, unpaired, 1.0 if p_chosen is None else p_chosen, prompts, found)
+        made.add(_Side(prompt, chosen, number, _id(row, where)), rejected, p)
+    _pair_up(made, unpaired.values(), p_chosen)
     if not found.records:
         raise ValueError(f"{path}: no preference in it; {found.summary()}. Allowed rows: {_FORMS}")
     return found
@@ -98,11 +105,11 @@ def preference_rows(preferences: Sequence[Record], text: bool = False) -> Counte
 
 
 def unpaired_rows(preferences: Sequence[Record]) -> Counted:
-    """Our preferences as TRL's unpaired rows, two of each: the more probable answer is labelled true, the other false.
-    Left out is what `preference_rows` leaves out.
+    """Our preferences as TRL's unpaired rows, two of each: the more probable answer is labelled true, the other false,
+    and "p_chosen" is how probable that is. Left out is what `preference_rows` leaves out.
     """
     pairs = preference_rows(preferences)
-    kept = ("id", "prompt")
+    kept = ("id", "prompt", "p_chosen")
     pairs.records = [
         {key: row[key] for key in kept} | {"completion": row[name], "label": name == "chosen"}
         for row in pairs.records
@@ -141,20 +148,59 @@ def completion_rows(chains: Sequence[Record]) -> Counted:
 
 @dataclass(frozen=True)
 class _Side:
-    """A prompt with one answer, from one line."""
+    """A prompt with one answer, from one line, and the id that the row has, if it has one."""
 
     prompt: list[Turn]
     answer: str
     line: int
+    id: str
+    p: float = 1.0
+    """How probable it is that an unpaired row's label is right."""
 
 
-def _read_pair(row: Record, where: str) -> tuple[list[Turn], str, str] | str:
+@dataclass
+class _Making:
+    """Records of a file, each with an id of its own, and with one prompt_id for each prompt."""
+
+    path: Path
+    found: Counted
+    prompts: dict[str, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+
+    def add(self, chosen: _Side, rejected: str, p: float, **by: int) -> None:
+        id = self._unique(chosen.id or f"{self.path.name.removesuffix('.jsonl')}-{chosen.line}")
+        a, b = ({"text": text, "ids": [], "finish": "given"} for text in (chosen.answer, rejected))
+        record = {"id": id, "prompt_id": self.prompts.setdefault(_key(chosen.prompt), id), "prompt": chosen.prompt}
+        record |= {"a": a, "b": b, "p_a": p, "abstained": "", "labels": []}
+        self.found.records.append(record | {"by": {"source": self.path.name, "line": chosen.line} | by})
+
+    def _unique(self, id: str) -> str:
+        number, free = 1, id
+        while free in self.taken:
+            number += 1
+            free = f"{id}-{number}"
+        self.taken.add(free)
+        self.found.changed.update(["ids stood before, and got a number"] if free != id else [])
+        return free
+
+
+def _id(row: Record, where: str) -> str:
+    """The row's own id, "" for none."""
+    id = row.get("id")
+    if id is None:
+        return ""
+    if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
+        raise ValueError(f"{where}: id = {id!r:.40}; allowed: text or a whole number")
+    return str(id)
+
+
+def _read_pair(row: Record, where: str, found: Counted) -> tuple[list[Turn], str, str] | str:
     """Prompt, chosen and rejected answer; or why the row makes no pair."""
     if not {"chosen", "rejected"} <= row.keys():
         raise ValueError(f"{where}: keys {sorted(row)}; allowed: {_FORMS}")
     kinds = {type(row["chosen"]), type(row["rejected"])}
     if kinds == {str}:
-        sides = _text_sides(row, where)
+        sides = _text_sides(row, where, found)
     elif kinds == {list}:
         sides = _message_sides(row, where)
     else:
@@ -169,9 +215,9 @@ def _read_pair(row: Record, where: str) -> tuple[list[Turn], str, str] | str:
     return prompt, chosen.strip(), rejected.strip()
 
 
-def _text_sides(row: Record, where: str) -> tuple[list[Turn], str, str] | str:
+def _text_sides(row: Record, where: str, found: Counted) -> tuple[list[Turn], str, str] | str:
     if "prompt" in row:
-        return _prompt(row["prompt"], where), row["chosen"], row["rejected"]
+        return _prompted(_prompt(row["prompt"], where), row, found)
     dialogues = []
     for name in ("chosen", "rejected"):
         try:
@@ -182,6 +228,30 @@ def _text_sides(row: Record, where: str) -> tuple[list[Turn], str, str] | str:
                 "that the last turn is the answer. Give the prompt in a column of its own"
             ) from None
     return _common(*dialogues)
+
+
+def _prompted(prompt: list[Turn], row: Record, found: Counted) -> tuple[list[Turn], str, str] | str:
+    """The answers without the prompt, where both repeat it in front."""
+    chosen, rejected = (_behind(prompt, row["prompt"], row[name]) for name in ("chosen", "rejected"))
+    if chosen is None and rejected is None:
+        return prompt, row["chosen"], row["rejected"]
+    if chosen is None or rejected is None:
+        return "one answer repeats the prompt, and the other does not"
+    found.changed["pairs of answers that repeat the prompt: it was cut off"] += 1
+    return prompt, chosen, rejected
+
+
+def _behind(prompt: Dialogue, given: object, text: str) -> str | None:
+    """The answer in a text that repeats its prompt in front, as a dialogue or as it is given; None for other texts. A
+    short prompt may stand in front of an answer by chance, as "Hi" does.
+    """
+    with suppress(ValueError):
+        *before, last = parse_dialogue(text)
+        if last["role"] == "assistant" and before == [turn(m["role"], m["content"].strip()) for m in prompt]:
+            return last["content"]
+    head = given.strip() if isinstance(given, str) else ""
+    repeated = len(head) >= _LONG and text.lstrip().startswith(head)
+    return text.lstrip().removeprefix(head) if repeated else None
 
 
 def _message_sides(row: Record, where: str) -> tuple[list[Turn], str, str] | str:
@@ -255,44 +325,19 @@ def _read_unpaired(row: Record, where: str, line: int) -> _Side:
         raise ValueError(
             f"{where}: completion = {row['completion']!r:.60}; allowed: one answer, as text or as a message"
         )
-    return _Side(prompt, completion.strip(), line)
+    return _Side(prompt, completion.strip(), line, _id(row, where), _probability(row, where))
 
 
-def _pair_up(
-    path: Path,
-    unpaired: dict[str, tuple[list[_Side], list[_Side]]],
-    p: float,
-    prompts: dict[str, str],
-    found: Counted,
-) -> None:
-    for good, bad in unpaired.values():
+def _pair_up(made: _Making, unpaired: Iterable[tuple[list[_Side], list[_Side]]], p: float | None) -> None:
+    for good, bad in unpaired:
         for chosen, rejected in zip(good, bad, strict=False):  # counted below
             if reason := _unusable(chosen.answer, rejected.answer):
-                found.left_out[reason] += 1
-                continue
-            record = _record(path, chosen.line, chosen.prompt, chosen.answer, rejected.answer, p, prompts)
-            record["by"]["rejected_line"] = rejected.line
-            found.records.append(record)
+                made.found.left_out[reason] += 1
+            else:
+                sure = (chosen.p + rejected.p) / 2 if p is None else p
+                made.add(chosen, rejected.answer, sure, rejected_line=rejected.line)
         if alone := abs(len(good) - len(bad)):
-            found.left_out["an unpaired answer without one of the other label to the same prompt"] += alone
-
-
-def _record(
-    path: Path, line: int, prompt: list[Turn], chosen: str, rejected: str, p: float, prompts: dict[str, str]
-) -> Record:
-    stem = path.name.removesuffix(".jsonl")
-    a, b = ({"text": text, "ids": [], "finish": "given"} for text in (chosen, rejected))
-    return {
-        "id": f"{stem}-{line}",
-        "prompt_id": prompts.setdefault(_key(prompt), f"{stem}-{line}"),
-        "prompt": prompt,
-        "a": a,
-        "b": b,
-        "p_a": p,
-        "abstained": "",
-        "labels": [],
-        "by": {"source": path.name, "line": line},
-    }
+            made.found.left_out["an unpaired answer without one of the other label to the same prompt"] += alone
 
 
 def _probability(row: Record, where: str) -> float:

@@ -50,10 +50,14 @@ class Judge:
         self.reader.check()
 
     def principles(self, pair: Record) -> tuple[Principle, ...]:
-        """The principles to judge `pair` by: all, or one or some drawn by weight from the seed and the pair's id."""
-        known, config = self.constitution.for_stage("comparison"), self.config
+        """The principles to judge `pair` by: all, or one or some drawn by weight from the seed and the pair's id.
+
+        `helpful_principle`, if it is set, judges the pairs of harmless prompts alone, and no other pairs.
+        """
+        config = self.config
         if config.helpful_principle and pair["prompt_id"] in self.helpful:
             return (self.constitution.principle(config.helpful_principle),)
+        known = _ordinary(self.constitution, config)
         if config.principles == "all":
             return known
         us = [uniform_scalar(self.seed, request_id("label", pair["id"], one.id), 0) for one in known]
@@ -78,11 +82,15 @@ class Judge:
             )
         ]
 
-    def dialogue(self, principle: Principle, pair: Record, order: str) -> list[Turn]:
-        """The question, with the answers as options in the order `a_first` or `b_first`, after the examples."""
+    def dialogue(
+        self, principle: Principle, pair: Record, order: str, shown: Sequence[Turn] | None = None
+    ) -> list[Turn]:
+        """The question, with the answers as options in the order `a_first` or `b_first`, after the examples: `shown`,
+        where they are rendered already.
+        """
         texts = (pair[side]["text"] for side in ORDERS[order])
         return [
-            *self.shown(pair),
+            *(self.shown(pair) if shown is None else shown),
             turn("user", comparison_request(self.constitution, principle, pair["prompt"], *texts)),
         ]
 
@@ -115,16 +123,24 @@ class Judge:
         return uniform_scalar(self.seed, request_id("label shots", pair["prompt_id"], example), position)
 
 
+def _ordinary(constitution: Constitution, config: LabelConfig) -> tuple[Principle, ...]:
+    """The comparison principles but the one that judges the pairs of harmless prompts, if there is one."""
+    return tuple(one for one in constitution.for_stage("comparison") if one.id != config.helpful_principle)
+
+
 def check_judging(constitution: Constitution, config: LabelConfig, examples: Examples) -> None:
     """Raise ValueError for settings that constitution or examples cannot serve."""
-    known = constitution.for_stage("comparison")
-    if config.principles == "some":
-        allowed = f"at most the constitution's principles for comparisons, {len(known)}"
-        require(config.some <= len(known), "label.some", config.some, allowed)
     if config.helpful_principle:
         constitution.principle(config.helpful_principle)
-        ids = [principle.id for principle in known]
+        ids = [principle.id for principle in constitution.for_stage("comparison")]
         require(config.helpful_principle in ids, "label.helpful_principle", config.helpful_principle, ", ".join(ids))
+        allowed = "with another comparison principle beside it, which judges the other pairs"
+        require(len(ids) > 1, "label.helpful_principle", config.helpful_principle, allowed)
+    known = _ordinary(constitution, config)
+    if config.principles == "some":
+        beside = f" beside {config.helpful_principle!r}" if config.helpful_principle else ""
+        allowed = f"at most the constitution's principles for comparisons{beside}, {len(known)}"
+        require(config.some <= len(known), "label.some", config.some, allowed)
     check_shots(examples.comparisons, config.shots, "label.shots")
 
 

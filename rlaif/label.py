@@ -7,7 +7,8 @@ normalised over the two, are the label. Both orders are asked and averaged, so t
     p(a better) = 1/2 [p(A | a first) + 1 - p(A | b first)]
 
 A judge that thinks first writes one or more thoughts for each order, and the probabilities after them are averaged.
-They come out near to 0 and 1, so the average is then clamped, by the paper to 40 to 60 %; what it was is kept.
+They come out near to 0 and 1, so the label, averaged over thoughts, orders and principles, is then clamped, by the
+paper to 40 to 60 %; what it was is kept as `unclamped`, and what each principle says stays as it was read.
 
 A label is never rounded, and one that cannot be read abstains, with its reason.
 """
@@ -23,10 +24,10 @@ from bylaw.model.parallel import ALONE, Parallel
 from bylaw.model.records import Record, read_records
 from bylaw.rlaif.config import LabelConfig
 from bylaw.rlaif.judge import ORDERS, Judge
-from bylaw.rlaif.reader import Reading
+from bylaw.rlaif.reader import CENSORED, FILTERED, Reading
 
 TOO_LITTLE = "too little probability on the option letters"
-NO_THOUGHT = "no room for a thought, or none before its limit"
+NO_THOUGHT = "no thought, or no room for one"
 Kept = Mapping[str, Mapping[str, dict[str, Any]]]
 """Readings that are known, by a pair's id and a principle's."""
 
@@ -67,28 +68,35 @@ def summary(preferences: Sequence[Record]) -> dict[str, Any]:
         counts["thoughts"] = len(thoughts)
         counts["cut_thoughts"] = sum(thought["finish"] == "length" for thought in thoughts)
         counts["unread_thoughts"] = sum(bool(side.get("abstained")) for side in sides)
-        counts["clamped"] = sum(one["p_a"] != one["unclamped"] for one in read)
+        counts["clamped"] = sum(one["p_a"] != one.get("unclamped", one["p_a"]) for one in preferences)
     return counts
 
 
 def preferences(judge: Judge, pairs: Sequence[Record], kept: Kept | None = None) -> list[Record]:
     """The preferences of some pairs, asked together. Readings `kept` from an earlier label are not asked for."""
     judge.reader.forget()
+    by_pair = [judge.principles(pair) for pair in pairs]
     known = [
-        (pair, one, (kept or {}).get(pair["id"], {}).get(one.id)) for pair in pairs for one in judge.principles(pair)
+        (pair, one, (kept or {}).get(pair["id"], {}).get(one.id))
+        for pair, principles in zip(pairs, by_pair, strict=True)
+        for one in principles
     ]
     fresh = iter(_ask(judge, [(pair, one) for pair, one, reading in known if reading is None]))
     labels = [(next(fresh) if reading is None else reading) | judge.named(one) for _, one, reading in known]
-    grouped = _grouped(labels, [len(judge.principles(pair)) for pair in pairs])
+    grouped = _grouped(labels, [len(principles) for principles in by_pair])
     by = judge.provenance()
-    return [_preference(pair, ofpair, by) | judge.drawn(pair) for pair, ofpair in zip(pairs, grouped, strict=True)]
+    return [
+        _preference(pair, ofpair, by, judge.config) | judge.drawn(pair)
+        for pair, ofpair in zip(pairs, grouped, strict=True)
+    ]
 
 
 def _ask(judge: Judge, asked: Sequence[tuple[Record, Principle]]) -> list[dict[str, Any]]:
     """The reading of each pair by a principle: thoughts first, if there are any, then all letters in one call."""
     count = judge.config.thoughts
     keys = [(pair["id"], one.id, order) for pair, one in asked for order in ORDERS]
-    dialogues = [judge.dialogue(one, pair, order) for pair, one in asked for order in ORDERS]
+    shown = {id: judge.shown(pair) for id, pair in {pair["prompt_id"]: pair for pair, _ in asked}.items()}
+    dialogues = [judge.dialogue(one, pair, order, shown[pair["prompt_id"]]) for pair, one in asked for order in ORDERS]
     thoughts: list[list[Record]] = [[] for _ in keys]
     if count:
         opened = [judge.thought(d, (*key, n)) for d, key in zip(dialogues, keys, strict=True) for n in range(count)]
@@ -96,17 +104,24 @@ def _ask(judge: Judge, asked: Sequence[tuple[Record, Principle]]) -> list[dict[s
     texts = [[thought["text"] for thought in one] or [""] for one in thoughts]
     questions = [judge.question(d, text) for d, said in zip(dialogues, texts, strict=True) for text in said]
     readings = _grouped(judge.reader.read(questions), [len(said) for said in texts])
-    sides = [(_thought_out(read, said), said) for read, said in zip(readings, thoughts, strict=True)]
+    sides = [(_thought_out(judge, read, said), said) for read, said in zip(readings, thoughts, strict=True)]
     return [
         judge.named(one) | _label(first, second, judge.config)
         for (_, one), first, second in zip(asked, sides[::2], sides[1::2], strict=True)
     ]
 
 
-def _thought_out(readings: Sequence[Reading], thoughts: Sequence[Record]) -> list[Reading]:
-    """The readings, less those that stand on no thought at all, where there was to be one."""
-    cut = [thought["finish"] == "length" and not thought["text"] for thought in thoughts] or [False]
-    return [Reading(None, NO_THOUGHT) if none else one for one, none in zip(readings, cut, strict=True)]
+def _thought_out(judge: Judge, readings: Sequence[Reading], thoughts: Sequence[Record]) -> list[Reading]:
+    """The readings, less those that stand on no thought at all, where there was to be one, or on a censored one."""
+    faults = [_fault(judge, thought) for thought in thoughts] or [""]
+    return [Reading(None, why) if why else one for one, why in zip(readings, faults, strict=True)]
+
+
+def _fault(judge: Judge, thought: Record) -> str:
+    """Why nothing stands on a thought; "" if something may. One that is an answer at once leaves no words before it."""
+    if thought["finish"] == CENSORED:
+        return FILTERED
+    return NO_THOUGHT if judge.question([], thought["text"]) == judge.question([]) else ""
 
 
 def _grouped(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -134,10 +149,7 @@ def _label(a_first: Side, b_first: Side, config: LabelConfig) -> dict[str, Any]:
         return found | {"p_a": None, "abstained": unread[0]}
     first, second = (mean["p_first"] for mean in means if mean is not None)
     p_a = 0.5 + (first - second) / 2  # so written, equal answers have a half to the last bit
-    # Only after all averaging: clamped parts would not average to what the whole is clamped to.
-    clamped = min(max(p_a, config.clamp), 1 - config.clamp) if config.thoughts else p_a
-    kept = {"unclamped": p_a} if config.thoughts else {}
-    return found | {"p_a": clamped, "position_bias": (first + second) / 2 - 0.5, "abstained": ""} | kept
+    return found | {"p_a": p_a, "position_bias": (first + second) / 2 - 0.5, "abstained": ""}
 
 
 def _reading(reading: Reading, config: LabelConfig) -> dict[str, Any]:
@@ -172,11 +184,17 @@ def _mean(readings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return side
 
 
-def _preference(pair: Record, labels: list[dict[str, Any]], by: dict[str, Any]) -> Record:
+def _preference(pair: Record, labels: list[dict[str, Any]], by: dict[str, Any], config: LabelConfig) -> Record:
     """The pair with its label: the mean over principles by weight, or the first reason if every one abstained."""
     read = [one for one in labels if not one["abstained"]]
     weight = sum(one["weight"] for one in read)
     p_a = sum(one["weight"] * one["p_a"] for one in read) / weight if read else None
     kept = {key: pair[key] for key in ("id", "prompt_id", "prompt", "a", "b")}
     abstained = "" if read else labels[0]["abstained"]
-    return kept | {"p_a": p_a, "abstained": abstained, "labels": labels, "by": by | {"pairs_by": pair["by"]}}
+    said = {"p_a": p_a} if p_a is None or not config.thoughts else _clamped(p_a, config.clamp)
+    return kept | said | {"abstained": abstained, "labels": labels, "by": by | {"pairs_by": pair["by"]}}
+
+
+def _clamped(p_a: float, clamp: float) -> dict[str, float]:
+    """Only after all averaging: clamped parts would not average to what the whole is clamped to."""
+    return {"p_a": min(max(p_a, clamp), 1 - clamp), "unclamped": p_a}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bylaw.kernels.philox import request_id, uniform_scalar
+from bylaw.model.chat import check_messages
 from bylaw.model.records import Record, decode_record, numbered_lines, read_records
 from bylaw.model.sampler import Dialogue, answer_ids, turn
 from bylaw.model.shared_prompt import Shared, common_length, pack_shared
@@ -64,9 +65,40 @@ def split_pairs(
 
 
 def read_helpful(path: Path) -> list[Record]:
-    """Preferences for helpful answers: our own records, or a TRL file (rlaif/formats.py). Errors as for either."""
+    """Preferences for helpful answers: our own records, or a TRL file (rlaif/formats.py), as the first line is.
+
+    ValueError naming file and line for a record that lacks what training reads, and as TRL files raise.
+    """
     first = next((decode_record(line, f"{path}:{n}") for n, line in numbered_lines(path) if line.strip()), {})
-    return read_records(path) if "p_a" in first else read_preferences(path).records
+    if "p_a" not in first:
+        return read_preferences(path).records
+    records = read_records(path)
+    for number, record in enumerate(records, 1):
+        _check_own(record, f"{path}:{number}")
+    return records
+
+
+def _check_own(record: Record, where: str) -> None:
+    p, abstained = record.get("p_a"), record.get("abstained")
+    if not isinstance(record.get("id"), str) or not isinstance(abstained, str):
+        raise ValueError(f"{where}: keys {sorted(record)!r:.120}; allowed: a preference of ours, with id and abstained")
+    if not abstained and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):
+        raise ValueError(f"{where}: p_a = {p!r:.40}; allowed: a number from 0 to 1, or a reason in abstained")
+    check_messages(record.get("prompt", ()), f"{where}: prompt")
+    for side in "ab":
+        answer = record.get(side)
+        if not isinstance(answer, dict) or not _is_text(answer):
+            raise ValueError(
+                f"{where}: {side} = {answer!r:.80}; allowed: an answer with text and finish, and with the ids that "
+                'were sampled, unless its finish is "given"'
+            )
+
+
+def _is_text(answer: Record) -> bool:
+    known = isinstance(answer.get("text"), str) and isinstance(answer.get("finish"), str)
+    ids = answer.get("ids")
+    sampled = isinstance(ids, list) and all(type(id) is int and id >= 0 for id in ids)
+    return known and (sampled or answer["finish"] == "given")
 
 
 def mix_helpful(

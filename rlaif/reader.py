@@ -13,6 +13,9 @@ from bylaw.model.sampler import Turn, text_record, tokenizer_of
 
 OPTIONS = (" A", " B")
 TOO_LONG = "question longer than the judge's context"
+FILTERED = "refused by the server's content filter"
+CENSORED = "content_filter"
+"""The `finish` of a thought that a server's content filter refused or cut."""
 
 
 @dataclass(frozen=True)

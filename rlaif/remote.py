@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible server that returns log-probs (OpenAI, vLLM, SGLang, llama.cpp and others).
 
-A letter's log-prob is that of the tokens which are the letter alone, " A" and "A" added up, as the local check of
-options has them: a capital A or B after white space, and the marks that tokenizers write for it, are taken off. "a",
-"(A" and "A." are others.
+A letter's log-prob is that of the tokens which are the letter alone, " A" and "A" added up: a server tells spellings,
+not ids, and white space and the marks that tokenizers write for it are taken off. "a", "(A" and "A." are others. A
+judge on this machine is asked for one token of each letter alone, " A" and " B" (rlaif/reader.py).
 """
 
 import math
@@ -16,18 +16,19 @@ from bylaw.kernels.philox import request_id
 from bylaw.model.chat import PLAIN_STOP_STRINGS, ChatTemplate, open_turn, plain_template
 from bylaw.model.sampler import Turn, turn
 from bylaw.rlaif.config import RemoteConfig
-from bylaw.rlaif.reader import TOO_LONG, Question, Reading, Thought
+from bylaw.rlaif.reader import CENSORED, FILTERED, Question, Reading, Thought
 from bylaw.rlaif.remote_http import Answer, Server
 
 NO_LETTER = "neither letter among the server's log-probs"
 NO_LOGPROBS = "the server gave no log-probs"
+NO_NUMBER = "a letter's log-prob is no number, or above 0"
 NOT_ASKED = "asked by another process"
 ONE_LETTER = "Reply with one letter, A or B, which goes on from here:"
 BEGIN = "Begin your reply from here:"
 PROBE = "Which letter comes first in the alphabet, A or B?"
 SPACES = " \t\r\n▁Ġ"  # with how SentencePiece and byte-level vocabularies spell a space
 ROUNDED = 1e-6  # of a probability, by how servers write numbers
-LEAST = -1e6  # log-prob: below, and above 0, a number is none; some servers write -9999 for "unlikely"
+LEAST = -1e6  # log-prob that stands for those below, such as -infinity, which no record can hold: probability 0
 STOPS = 4  # the most stop strings that OpenAI takes
 
 
@@ -46,19 +47,33 @@ class RemoteReader:
 
     @property
     def hash(self) -> str:
-        return f"{self.url} {self.config.model} ({self.config.style})"
+        config = self.config  # with what can change a label: an answer cut shorter has another bound
+        return f"{self.url} {config.model} ({config.style}, {config.top_logprobs} log-probs)"
 
     def check(self) -> None:
-        """Raise ValueError unless the server answers a question with log-probs."""
+        """Raise ValueError unless the server answers a plain question with a letter and its log-probs."""
         try:
             [reading] = self.read([Question([turn("user", PROBE)], self.prefix)])
         except ConnectionError as error:
             raise ValueError(f"the judge cannot be asked: {error}") from None
-        if reading.why == NO_LOGPROBS:
-            raise ValueError(
-                f"the judge {self.config.model!r} at {self.url} gave no log-probs; take a server and model that return "
-                f"top_logprobs, or lower judge_server.top_logprobs = {self.config.top_logprobs} if it gives fewer"
+        if reading.logprobs is None and self.asks:
+            raise ValueError(f"the judge {self.config.model!r} at {self.url} {self._unread(reading.why)}")
+
+    def _unread(self, why: str) -> str:
+        """What the server did with a plain question, and what may mend it."""
+        config = self.config
+        if why == NO_LOGPROBS:
+            return (
+                "gave no log-probs; take a server and model that return top_logprobs, or lower "
+                f"judge_server.top_logprobs = {config.top_logprobs} if it gives fewer"
             )
+        if why == NO_LETTER:
+            return (
+                "began its answer to a plain question with neither letter, so that it could label nothing; take a "
+                "model that does not think before it answers, or another judge_server.style than "
+                f"{config.style!r}: chat asks for a letter in words, continue and completions begin the reply up to it"
+            )
+        return f"cannot be asked a plain question: {why}"
 
     def forget(self) -> None:
         """Nothing is kept between calls."""
@@ -120,24 +135,30 @@ class RemoteReader:
 
     def _reading(self, answer: Answer) -> Reading:
         if answer.choice is None:
-            return Reading(None, TOO_LONG)
-        listed = sorted(_listed(answer.choice).items(), key=lambda one: -one[1])[: self.config.top_logprobs]
-        return letters(dict(listed))
+            return Reading(None, answer.why)
+        # Some servers list the token that they drew beside the likeliest: no label may depend on a draw.
+        listed = sorted(_listed(answer.choice), key=lambda one: -one[1])[: self.config.top_logprobs]
+        if not listed and answer.choice.get("finish_reason") == CENSORED:
+            return Reading(None, FILTERED)
+        return letters(listed)
 
 
-def letters(listed: Mapping[str, float]) -> Reading:
-    """The reading of a place in a text, from the log-probs of its likeliest tokens.
+def letters(listed: Sequence[tuple[str, float]]) -> Reading:
+    """The reading of a place in a text, from its likeliest tokens and their log-probs. Tokens may be spelled alike.
 
     A letter that is not listed is at most as likely as the last that is, and as all that is not: this bound stands for
     it.
     """
     if not listed:
         return Reading(None, NO_LOGPROBS)
-    a, b = (_sum([p for token, p in listed.items() if token.strip(SPACES) == letter]) for letter in "AB")
-    if a is None and b is None:
+    known = [[p for token, p in listed if _is_letter(token, letter)] for letter in "AB"]
+    if any(math.isnan(p) for one in known for p in one):
+        return Reading(None, NO_NUMBER)
+    a, b = map(_sum, known)
+    if not any(math.exp(p) for p in (a, b) if p is not None):
         return Reading(None, NO_LETTER)
-    rest = max(1 - sum(map(math.exp, listed.values())), ROUNDED)
-    bound = min(*listed.values(), math.log(rest))
+    rest = max(1 - sum(math.exp(p) for _, p in listed), ROUNDED)
+    bound = min(*(p for _, p in listed), math.log(rest))
     return Reading((bound if a is None else a, bound if b is None else b), bounded=a is None or b is None)
 
 
@@ -149,31 +170,43 @@ def _sum(logprobs: Sequence[float]) -> float | None:
     return most + math.log(sum(math.exp(p - most) for p in logprobs))
 
 
-def _listed(choice: Mapping[str, Any]) -> dict[str, float]:
-    """The log-probs at the first place of a reply by token, in the form of chats or of completions; none if it holds
-    none. Of several tokens that are spelled alike the likeliest counts: a server may list the drawn one twice.
+def _is_letter(token: str, letters: str = "AB") -> bool:
+    return len(bare := token.strip(SPACES)) == 1 and bare in letters
+
+
+def _listed(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The tokens at the first place of a reply with their log-probs, in the form of chats or of completions; none if it
+    holds none. What is no log-prob is NaN for a letter and left out for others. An exact repeat is the drawn token,
+    listed twice; two that are spelled alike are two tokens.
     """
     try:
         given = choice["logprobs"]
         first = given["content"][0]["top_logprobs"] if "content" in given else given["top_logprobs"][0]
         pairs = first.items() if isinstance(first, dict) else [(one["token"], one["logprob"]) for one in first]
     except (KeyError, IndexError, TypeError):
-        return {}
-    found: dict[str, float] = {}
-    for token, p in pairs:
-        if isinstance(token, str) and isinstance(p, int | float) and LEAST < p <= ROUNDED:
-            found[token] = max(p, found.get(token, -math.inf))
-    return found
+        return []
+    found = [(token, _logprob(p)) for token, p in pairs if isinstance(token, str)]
+    return list(dict.fromkeys(one for one in found if _is_letter(one[0]) or not math.isnan(one[1])))
+
+
+def _logprob(value: object) -> float:
+    """The log-prob, from LEAST to what rounding may leave above 0; NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value <= ROUNDED:
+        return math.nan
+    return max(value, LEAST)
 
 
 def _text_record(answer: Answer) -> dict[str, Any]:
-    """The text of a choice, as records have it. One longer than the context is empty, and its end "length"."""
-    choice = answer.choice or {"finish_reason": "length"}
+    """The text of a choice, as records have it. One longer than the context is empty, and its end "length"; one that a
+    content filter refused or cut ends with CENSORED.
+    """
+    choice = answer.choice or {"finish_reason": CENSORED if answer.why == FILTERED else "length"}
     message = choice.get("message")
     said = message.get("content") if isinstance(message, dict) else choice.get("text")
     text = said if isinstance(said, str) else ""
     text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
-    return {"text": text.strip(), "ids": [], "finish": "stop" if choice.get("finish_reason") == "stop" else "length"}
+    end = choice.get("finish_reason")
+    return {"text": text.strip(), "ids": [], "finish": end if end in ("stop", CENSORED) else "length"}
 
 
 def _asked_for(turns: Sequence[Turn], prefix: str, ask: str) -> list[Turn]:

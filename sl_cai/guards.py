@@ -4,7 +4,7 @@ preamble     "Sure, here is a revised answer:" stood in front, and was cut off
 empty        there is no text, or none was left
 repetition   a large share of its 4-grams stood in it before
 answer       of a critique: it gives the answer again, in place of judging it
-unchanged    of a revision: it is the answer that it was to revise
+unchanged    of a revision: it is the answer that it was to revise, but for case, spaces and stops
 """
 
 import re
@@ -25,14 +25,37 @@ BEGINNING = 8
 """Words in common from which one text begins as another does."""
 
 _POLITE = r"(?:sure|certainly|of course|absolutely|okay|ok|yes|all right|alright|gladly)(?: thing)?[,.!:;\s]+"
-_TEXT = r"(?:answer|response|reply|revision|version|rewrite|critique|review|assessment)"
+_WILLING = (
+    r"(?:I(?:['\u2019](?:m|d be|ll)| am| would be| will| can) (?:happy|glad|help|rewrite|revise)\b"
+    r"[^\n:.!?]{0,60}[.!]\s+)?"
+)
+_HERE = r"(?:here(?:['\u2019]s| is| are)|below is)"
+_NOUN = r"(?:answer|response|reply|revision|version|rewrite|critique|review|assessment)s?"
 _NEW = r"(?:revised|rewritten|new|improved|corrected|updated|better)"
+_THE, _MY = r"(?:a|an|the|my)", r"(?:the |my )?"
+_COLON = r"[*_]{0,2}:[*_]{0,2}(?=\s|\Z)"
+_END = r"[ \t]*(?:\n|\Z)"  # of a line
+# What a text may open with that is none of the answer. A colon with more behind it on its line is trusted only after
+# words that no answer begins with: "New version: 3.2 mends it" is one.
 _PREAMBLE = re.compile(
-    rf"\W{{0,3}}(?:{_POLITE})?"
-    rf"(?:here(?:'s|\u2019s| is| are)\b[^\n:]{{0,60}}\b{_TEXT}\b[^\n:]{{0,60}}"
-    rf"|(?:(?:my|the) )?{_NEW} {_TEXT}|critique|revision)\W{{0,3}}:[*\s]*",
+    rf"\s*[*_]{{0,2}}(?:"
+    # "Sure, here is a more polite one:", whatever it is called, and "Sure, here is the revised answer: ..."
+    rf"{_POLITE}{_WILLING}(?:here['\u2019]s|here is|below is)\b(?! why\b)[^\n:]{{1,200}}{_COLON}{_END}"
+    rf"|{_POLITE}{_WILLING}{_HERE} {_THE} (?:{_NEW} )?{_NOUN}{_COLON}"
+    # "Here is a revised version that is kinder:", or one that keeps the principle
+    rf"|{_HERE} {_THE} {_NEW} {_NOUN}\b[^\n:]{{0,80}}{_COLON}{_END}"
+    rf"|{_HERE} {_THE} {_NOUN}\b[^\n:]{{0,80}}\bprinciple\b[^\n:]{{0,80}}{_COLON}{_END}"
+    # "Revised answer: ...", "Critique: ...", "Sure. New version:"
+    rf"|(?:{_POLITE})?{_MY}(?:(?:revised|rewritten|improved|corrected) (?:answer|response|reply)|critique|revision)"
+    rf"{_COLON}"
+    rf"|(?:{_POLITE})?{_MY}{_NEW} {_NOUN}{_COLON}{_END}"
+    # "## Revised answer", "**Revised answer**"
+    rf"|(?:\#{{1,6}} +[*_]{{0,2}}|(?<=\*\*)){_MY}(?:{_NEW} {_NOUN}|critique|revision):?[*_]{{0,2}}{_END}"
+    rf")\s*",
     re.IGNORECASE,
 )
+_EDGES = ".,;:!\"'\u2018\u2019\u201c\u201d"
+"""Signs that stand around words; others, such as those of sums, are words of their own or part of one."""
 
 
 def guard_critique(said: Record, answer: Record, tokenizer: Tokenizer, limit: float) -> Record:
@@ -46,20 +69,22 @@ def guard_critique(said: Record, answer: Record, tokenizer: Tokenizer, limit: fl
 def guard_revision(said: Record, answer: Record, tokenizer: Tokenizer, limit: float) -> Record:
     """The same of a revision of `answer`."""
     repaired = without_preamble(said, tokenizer)
-    same = bool(repaired["text"]) and _words(repaired["text"]) == _words(answer["text"])
+    same = bool(repaired["text"]) and _signs(repaired["text"]) == _signs(answer["text"])
     return _marked(repaired, [*_of_any(repaired, limit), *["unchanged"] * same])
 
 
 def without_preamble(said: Record, tokenizer: Tokenizer) -> Record:
-    """A text record whose preamble, if it has one, is cut off; then `raw` is the record as drawn.
+    """A text record whose preamble, or several on end, is cut off, if it has one; then `raw` is the record as drawn.
 
     The ids are the last of those drawn, where the cut falls between two of them; else the rest of the text as the
     tokenizer reads it, with the stop token that ended it.
     """
-    preamble = _PREAMBLE.match(said["text"])
-    if preamble is None:
+    start = 0
+    while preamble := _PREAMBLE.match(said["text"], start):
+        start = preamble.end()
+    if not start:
         return said
-    text = said["text"][preamble.end() :].strip()
+    text = said["text"][start:].strip()
     return {"text": text, "ids": _ids_of(text, said["ids"], tokenizer), "finish": said["finish"], "raw": said}
 
 
@@ -117,3 +142,8 @@ def _ids_of(text: str, drawn: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
+
+
+def _signs(text: str) -> list[str]:
+    """All that a text says, in words and in other signs: without case, spaces, and what stands around words."""
+    return [sign for part in text.casefold().split() if (sign := part.strip(_EDGES))]

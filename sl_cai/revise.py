@@ -6,9 +6,9 @@
                      answer   ~ model(prompt, answer, critique request, critique, revision request)
 
 Every round is kept. Unlike the paper's, the requests are turns of the dialogue, so that chat models and base models go
-the same way; as in the paper, a round sees the answer of the round before it, and no earlier ones. The chains of many
-prompts run together, each at its own pace, and what the model has said goes on in them as the token ids that it drew,
-less what a guard has cut off (sl_cai/guards.py).
+the same way; as in the paper, a round sees the answer of the round before it, and no earlier ones: the last that has
+text, should a revision be empty. The chains of many prompts run together, each at its own pace, and what the model has
+said goes on in them as the token ids that it drew, less what a guard has cut off (sl_cai/guards.py).
 
 A round without a critique (`critiques = false`) asks for the revision straight away. Examples, if there are any, stand
 before the dialogue of every critique and revision, the same in a whole chain; the first answer is the model's own, and
@@ -153,8 +153,9 @@ def _chain(reviser: Reviser, prompt: Prompt) -> Script[Record]:
             dialogue.append(said(critique))
         dialogue.append(ask_revision)
         drawn = yield from say(dialogue, ("revision", prompt.id, round), config.max_revision_tokens)
-        answer = reviser.guarded(guard_revision, drawn, answer)
-        record["rounds"].append({"round": round, "principle": named, "critique": critique, "revision": answer})
+        revision = reviser.guarded(guard_revision, drawn, answer)
+        record["rounds"].append({"round": round, "principle": named, "critique": critique, "revision": revision})
+        answer = revision if revision["text"] else answer  # there is nothing in an empty one to go on from
     return record
 
 

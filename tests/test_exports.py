@@ -40,7 +40,7 @@ def test_constitution_import_diff_export(tmp_path: Path, capsys: pytest.CaptureF
     assert load_constitution(ours).principles[0].id == "kind0"
     main(["constitution", "export", str(ours), "--format", "anthropic-critiques", "--out", str(back)])
     assert json.loads(back.read_text()) == CRITIQUES
-    capsys.readouterr()
+    assert "the form holds ids and requests: no titles" in capsys.readouterr().out
     main(["constitution", "import", str(theirs)])
     assert capsys.readouterr().out == ours.read_text(), "without --out, the text alone is on stdout"
     main(["constitution", "diff", "default", str(ours)])
@@ -64,12 +64,19 @@ def test_chains_and_labels_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     theirs, run = tmp_path / "X_SLMADISON.jsonl", tmp_path / "run"
     theirs.write_text(json.dumps(SAMPLE) + "\n")
     main(["import", str(theirs), "--out", str(run / "revise" / "chains.jsonl")])
+    assert "X_SLMADISON.jsonl holds chains; leave it out" in refused(["import", str(theirs), "--soft", "0.9"], capsys)
     (chain,) = read_records(run / "revise" / "chains.jsonl")
     constitution = read_chains(theirs)[1].constitution
     assert chain["rounds"][0]["principle"] == {"id": "kind0", "hash": constitution.principles[0].hash}
     rows = tmp_path / "rows.jsonl"
     main(["export", str(run), "--format", "revisions", "--out", str(rows)])
-    assert read_records(rows)[0]["chosen"] == [{"role": "assistant", "content": "Hi."}]
+    unfinished = "the stage revise has not finished here: these are the first 1 of its records"
+    assert unfinished in capsys.readouterr().out
+    (run / "revise" / "manifest.json").write_text("{}")
+    main(["export", str(run), "--format", "revisions", "--out", str(tmp_path / "again")])
+    assert "not finished" not in capsys.readouterr().out
+    rows.write_text("\n" + rows.read_text())  # as some editors leave files
+    assert read_records(tmp_path / "again")[0]["chosen"] == [{"role": "assistant", "content": "Hi."}]
     main(["import", str(rows), "--out", str(run / "label" / "preferences.jsonl"), "--soft", "0.75"])
     (label,) = read_records(run / "label" / "preferences.jsonl")
     assert (label["a"]["text"], label["b"]["text"], label["p_a"]) == ("Hi.", "Go.", 0.75)
@@ -83,11 +90,16 @@ def test_chains_and_labels_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert read_records(tmp_path / "completions")[0]["completion"] == [{"role": "assistant", "content": "Hi."}]
 
     chain["by"]["constitution"] = constitution.hash
-    (run / "revise" / "chains.jsonl").write_text(json.dumps(chain) + "\n")
+    empty = chain | {"id": "empty", "answer": {"text": ""}}
+    (run / "revise" / "chains.jsonl").write_text(json.dumps(chain) + "\n" + json.dumps(empty) + "\n")
     (run / "constitutions").mkdir()
     (run / "constitutions" / f"{constitution.hash}.toml").write_text(dump_constitution(constitution))
     main(["export", str(run), "--format", "anthropic-chains", "--out", str(tmp_path / "again.jsonl")])
     assert read_records(tmp_path / "again.jsonl") == [SAMPLE]
-    capsys.readouterr()
+    assert "1 chains\n1 left out: an empty answer, critique or revision\n" in capsys.readouterr().out
+    bare = chain | {"rounds": [chain["rounds"][0] | {"critique": None}]}
+    (run / "revise" / "chains.jsonl").write_text(json.dumps(bare) + "\n")
+    args = ["export", str(run), "--format", "anthropic-chains", "--out", str(tmp_path / "bare.jsonl")]
+    assert "has no critique (revise.critiques = false)" in refused(args, capsys)
     assert "`bylaw label` writes it" in refused(["export", str(tmp_path), "--out", str(tmp_path / "x")], capsys)
     assert "nix.jsonl: no such file" in refused(["import", str(tmp_path / "nix.jsonl")], capsys)

@@ -114,33 +114,38 @@ def import_example_file(config: ExamplesConfig) -> None:
 
     kind, examples = import_examples(config.file)
     text, notes = dump_examples(kind, examples, load_constitution(config.constitution))
-    _put(text, config.out, [f"{len(examples)} examples of a {kind} read", *notes])
+    _put(text, config.out, [f"{len(examples)} examples of a {kind} looked at", *notes])
 
 
 def export_constitution(config: ExportConstitutionConfig) -> None:
-    """Write a constitution in the form of others."""
-    from bylaw.constitution.imports import FORMS
+    """Write a constitution in the form of others, and tell what has no place in it."""
+    from bylaw.constitution.imports import WRITERS, not_held
     from bylaw.constitution.load import load_constitution
 
     constitution = load_constitution(config.constitution)
-    _put(FORMS[config.format](constitution), config.out, [f"{constitution.name} as {config.format}"])
+    notes = [f"{constitution.name} as {config.format}", *not_held(constitution, config.format)]
+    _put(WRITERS[config.format](constitution), config.out, notes)
 
 
 def export_run(config: ExportConfig) -> None:
-    """Write the rows of a run. FileNotFoundError naming the stage that has to run first."""
+    """Write the rows of a run, so far as its stage has come. FileNotFoundError naming the one that has to run first."""
+    from bylaw.layout import MANIFEST
     from bylaw.model.records import encode_record, read_records
 
     of_labels = config.format in ("trl-preference", "trl-conversational", "trl-unpaired")
     path = config.run / ("label/preferences.jsonl" if of_labels else "revise/chains.jsonl")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `bylaw {path.parent.name}` writes it")
-    records = read_records(path)
+    records, stage = read_records(path), path.parent
+    so_far = f"the stage {stage.name} has not finished here: these are the first {len(records)} of its records"
+    notes = [] if (stage / MANIFEST).exists() else [so_far]
     if config.format == "anthropic-chains":
-        _put(_release_chains(config.run, records), config.out, [f"{len(records)} chains"])
+        text, told = _release_chains(config.run, records)
+        _put(text, config.out, [*told, *notes])
         return
     rows = _makers()[config.format](records)
     text = b"".join(encode_record(row, str(config.out)) for row in rows.records).decode()
-    _put(text, config.out, [rows.summary()])
+    _put(text, config.out, [rows.summary(), *notes])
 
 
 def import_rows(config: ImportRowsConfig) -> None:
@@ -150,10 +155,15 @@ def import_rows(config: ImportRowsConfig) -> None:
 
     if not config.file.is_file():
         raise FileNotFoundError(f"{config.file}: no such file")
-    first = next((line for _, line in numbered_lines(config.file)), b"{}")
-    if "cst" in decode_record(first, f"{config.file}:1"):
+    lines = ((number, line) for number, line in numbered_lines(config.file) if line.strip())
+    number, first = next(lines, (1, b"{}"))
+    if "cst" in decode_record(first, f"{config.file}:{number}"):
         from bylaw.constitution.released_texts import read_chains
 
+        if config.soft is not None:
+            raise ValueError(
+                f"--soft = {config.soft:g} says how sure preferences are, and {config.file} holds chains; leave it out"
+            )
         records, imported = read_chains(config.file)
         count = len(imported.constitution.principles)
         notes = [f"{len(records)} chains by {count} principles, which `bylaw constitution import` reads from the file"]
@@ -175,15 +185,19 @@ def _makers() -> dict[str, "Callable[[list[dict]], Counted]"]:
     }
 
 
-def _release_chains(run: Path, chains: list[dict]) -> str:
-    """The chains with the requests of the constitution that the run kept. ValueError when they are by several."""
+def _release_chains(run: Path, chains: list[dict]) -> tuple[str, list[str]]:
+    """The chains with the requests of the constitution that the run kept, and what to tell of them. ValueError when
+    they are by several, or have no critiques.
+    """
     from bylaw.constitution.load import load_constitution
     from bylaw.constitution.released_texts import dump_chains
 
     hashes = sorted({chain["by"]["constitution"] for chain in chains})
     if len(hashes) != 1:
         raise ValueError(f"{run}: its chains are by {len(hashes)} constitutions; allowed: one")
-    return dump_chains(chains, load_constitution(run / "constitutions" / f"{hashes[0]}.toml"))
+    text, left_out = dump_chains(chains, load_constitution(run / "constitutions" / f"{hashes[0]}.toml"))
+    kept = len(chains) - sum(left_out.values())
+    return text, [f"{kept} chains", *(f"{count} left out: {reason}" for reason, count in left_out.items())]
 
 
 def _put(text: str, out: Path | None, notes: list[str]) -> None:

@@ -28,10 +28,11 @@ from bylaw.model.settings import SamplingSettings
 from bylaw.preflight import check_device, check_run
 from bylaw.recipe import STAGES, Recipe, dump_recipe
 from bylaw.rlaif.compare import compare
+from bylaw.rlaif.config import DPOConfig, RewardConfig
 from bylaw.rlaif.direct import Rater
 from bylaw.rlaif.dpo import train_dpo
 from bylaw.rlaif.label import label
-from bylaw.rlaif.pairs import mix_helpful, read_helpful, split_pairs
+from bylaw.rlaif.pairs import Pair, mix_helpful, read_helpful, split_pairs
 from bylaw.rlaif.ppo import ppo
 from bylaw.rlaif.reader import LocalReader
 from bylaw.rlaif.reward import train_reward
@@ -151,17 +152,11 @@ def run_label(run: Run) -> dict[str, Any]:
 def run_reward(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
-    inputs = {"preferences": sha256_file(preferences), "sl-cai": run.hash(start)}
-    ratio, mixed = recipe.reward.helpful_ratio, Path(recipe.helpful_preferences)
-    inputs |= {"helpful_preferences": sha256_file(mixed)} if ratio else {}
+    inputs = _pair_inputs(run, preferences, start, recipe.reward.helpful_ratio)
 
     def work(folder: Path) -> dict[str, Any]:
-        fraction, counts = recipe.reward.heldout_fraction, {}
-        rest = recipe.seed, check_model(start)[0].max_position_embeddings
-        train, heldout, found = split_pairs(read_records(preferences), run.tokenizer, fraction, *rest)
-        if ratio:
-            train, counts = mix_helpful(train, read_helpful(mixed), run.tokenizer, ratio, *rest)
-        counts = found | {"train_pairs": len(train)} | counts
+        context = check_model(start)[0].max_position_embeddings
+        train, heldout, counts = _pairs(run, preferences, recipe.reward, context)
         model = load_scalar(start, recipe.seed, run.device, run.dtype, run.parallel)
         with adapted(run, model, start, folder):
             measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
@@ -171,6 +166,25 @@ def run_reward(run: Run) -> dict[str, Any]:
         return counts | measures
 
     return run.stage("reward", inputs, work)
+
+
+def _pair_inputs(run: Run, preferences: Path, start: Path, ratio: float) -> dict[str, str]:
+    """What decides the pairs that a stage trains on, and the model that it starts from."""
+    inputs = {"preferences": sha256_file(preferences), "sl-cai": run.hash(start)}
+    return inputs | ({"helpful_preferences": sha256_file(run.recipe.helpful_preferences)} if ratio else {})
+
+
+def _pairs(
+    run: Run, preferences: Path, config: RewardConfig | DPOConfig, context: int
+) -> tuple[list[Pair], list[Pair], dict[str, int]]:
+    """Training pairs, the run's own and behind them those that are mixed in; held-out ones; counts."""
+    tokenizer, seed, ratio = run.tokenizer, run.recipe.seed, config.helpful_ratio
+    train, heldout, counts = split_pairs(read_records(preferences), tokenizer, config.heldout_fraction, seed, context)
+    if not ratio:
+        return train, heldout, counts
+    helpful = read_helpful(Path(run.recipe.helpful_preferences))
+    train, mixed = mix_helpful(train, helpful, tokenizer, ratio, seed, context)
+    return train, heldout, counts | {"train_pairs": len(train)} | mixed
 
 
 def run_ppo(run: Run) -> dict[str, Any]:
@@ -207,20 +221,17 @@ def _rater(run: Run) -> Rater:
     reader = judge_reader(run)
     assert isinstance(reader, LocalReader)
     dialogues = {prompt.id: prompt.messages for prompt in run.rl_prompts}
-    return Rater(judge=run.judge(reader), engine=reader.engine, dialogues=dialogues)
+    return Rater(judge=run.judge(reader), engine=reader.engine, dialogues=dialogues, policy=run.tokenizer)
 
 
 def run_dpo(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     preferences, start = run.path("label", "preferences.jsonl"), run.path("finetune", "sl-cai")
-    inputs = {"preferences": sha256_file(preferences), "sl-cai": run.hash(start)}
+    inputs = _pair_inputs(run, preferences, start, recipe.dpo.helpful_ratio)
 
     def work(folder: Path) -> dict[str, Any]:
-        fraction = recipe.dpo.heldout_fraction
         policy = run.model(start)
-        context = policy.config.max_position_embeddings
-        found = read_records(preferences)
-        train, heldout, counts = split_pairs(found, run.tokenizer, fraction, recipe.seed, context)
+        train, heldout, counts = _pairs(run, preferences, recipe.dpo, policy.config.max_position_embeddings)
         with adapted(run, policy, start, folder):
             measures = train_dpo(policy, train, heldout, folder, recipe.dpo, recipe.seed, run.parallel)
         card = _card(run, "DPO: trained on AI preferences without a reward model")

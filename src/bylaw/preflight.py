@@ -20,7 +20,7 @@ from bylaw.model.sharding import check_divides
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.model.transformer import Transformer
 from bylaw.recipe import EVERY_STAGE
-from bylaw.rlaif.config import is_server
+from bylaw.rlaif.config import DPOConfig, RewardConfig, is_server
 from bylaw.rlaif.direct import mark_ids
 from bylaw.rlaif.judge import check_judging, judging_reserve
 from bylaw.rlaif.pairs import is_heldout, read_helpful
@@ -166,20 +166,19 @@ def _judge_here(inputs: _Inputs) -> tuple[Tokenizer, int]:
 
 
 def _check_reward(inputs: _Inputs) -> None:
-    recipe = inputs.run.recipe
-    _check_heldout(inputs, "reward", recipe.reward.heldout_fraction)
-    if recipe.reward.helpful_ratio:
-        named = recipe.helpful_preferences
-        require(bool(named), "reward.helpful_ratio", recipe.reward.helpful_ratio, "0 without helpful_preferences")
-        read_helpful(Path(named))
+    _check_pairs(inputs, "reward", inputs.run.recipe.reward)
 
 
 def _check_dpo(inputs: _Inputs) -> None:
-    _check_heldout(inputs, "dpo", inputs.run.recipe.dpo.heldout_fraction)
+    _check_pairs(inputs, "dpo", inputs.run.recipe.dpo)
 
 
-def _check_heldout(inputs: _Inputs, stage: str, fraction: float) -> None:
-    prompts = inputs.run.rl_prompts
+def _check_pairs(inputs: _Inputs, stage: str, config: RewardConfig | DPOConfig) -> None:
+    ratio, named = config.helpful_ratio, inputs.run.recipe.helpful_preferences
+    if ratio:
+        require(bool(named), f"{stage}.helpful_ratio", ratio, "0 without helpful_preferences")
+        read_helpful(Path(named))
+    fraction, prompts = config.heldout_fraction, inputs.run.rl_prompts
     heldout = sum(is_heldout(prompt.id, fraction, inputs.run.recipe.seed) for prompt in prompts)
     if not 0 < heldout < len(prompts):
         raise ValueError(

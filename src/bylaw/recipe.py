@@ -55,8 +55,8 @@ class Recipe:
     NAME.examples.toml.
     """
     helpful_preferences: str = ""
-    """File of preferences for helpful answers, TRL's or our own records, mixed into the reward model's training pairs
-    at reward.helpful_ratio.
+    """File of preferences for helpful answers, TRL's or our own records, mixed into the training pairs at
+    reward.helpful_ratio and dpo.helpful_ratio.
     """
     seed: int = 0
     """Draws everything."""

@@ -140,7 +140,7 @@ def _pair(pair: Told) -> Iterator[str]:
         yield _line("label", "none yet")
         return
     p_a = f"none: {label['abstained']}" if label["p_a"] is None else f"p(a is better) = {label['p_a']:.4f}"
-    clamped = f", {label['unclamped']:.4f} before the clamp" if "unclamped" in label else ""
+    clamped = f" ({label['unclamped']:.4f} before the clamp)" if "unclamped" in label else ""
     yield _line("label", f"{p_a}{clamped}, judge {str(label['by'].get('model'))[:16]}")
     if label.get("shots"):
         yield _line("examples", ", ".join(map(str, label["shots"])))
@@ -162,8 +162,7 @@ def _reading(reading: Told) -> Iterator[str]:
             yield _text(f"{order[0]} first", thought)
     sides = [name for name in ("a_first", "b_first") if "p_first" in reading.get(name, {})]
     shown = [f"p(first) {reading[side]['p_first']:.4f} with {side[0]} first" for side in sides]
-    clamped = [f"{reading['unclamped']:.4f} before the clamp"] if "unclamped" in reading else []
-    yield _line("", ", ".join([f"p_a {reading['p_a']:.4f}", *clamped, *shown, f"weight {reading['weight']:g}"]))
+    yield _line("", ", ".join([f"p_a {reading['p_a']:.4f}", *shown, f"weight {reading['weight']:g}"]))
 
 
 def _use(use: Told) -> str:

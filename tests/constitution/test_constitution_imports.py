@@ -1,86 +1,20 @@
 """Constitutions of other forms, in files written by hand in their structures, and back."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign import CHAIN, CHAT, COMPARISONS, CRITIQUES, HUGGING_FACE, imported, write
 
-from bylaw.constitution.examples import parse_examples
-from bylaw.constitution.foreign_examples import dump_examples
 from bylaw.constitution.hugging_face import dump_hugging_face
-from bylaw.constitution.imports import import_constitution, import_examples
-from bylaw.constitution.load import parse_constitution
+from bylaw.constitution.imports import WRITERS, import_constitution, not_held
 from bylaw.constitution.released import dump_comparisons, dump_critiques
 from bylaw.constitution.released_texts import dump_chains, read_chains
 from bylaw.constitution.render import comparison_request, critique_request, revision_request
-from bylaw.constitution.schema import Constitution
-from bylaw.constitution.write import dump_constitution
-
-CRITIQUES = {
-    "polite0": {
-        "prompt": ["\n\nCritiqueRequest: Say where the answer is rude, {braces} and all.\n\nCritique:"],
-        "edit_request": "\n\nRevisionRequest: Make the answer polite.\n\nRevision:",
-    },
-    "polite1": {
-        "prompt": ["\n\nCritiqueRequest: Does it shout?\n\nIf so, where?\n\nCritique:"],
-        "edit_request": "\n\nRevisionRequest: Write it without shouting.\n\nRevision:",
-    },
-}
-COMPARISONS = ["\nWhich answer is calmer? Options:", "\nChoose the kinder {one}. Options:"]
-CHAT = [
-    {"role": "user", "content": "What is a weir?"},
-    {"role": "assistant", "content": "Look it up yourself."},
-    {"role": "user", "content": "Say where the answer is rude."},
-    {"role": "assistant", "content": "It sends the person away."},
-    {"role": "user", "content": "Make the answer polite."},
-    {"role": "assistant", "content": "A low dam across a river."},
-]
-HUGGING_FACE = {
-    "constitutions": [
-        {"critic": "Say where the answer is rude.", "revision": "Make the answer polite."},
-        {"critic": "Is it {long}?", "revision": "Shorten it."},
-    ],
-    "system_chat": [CHAT],
-}
-CHAIN = {
-    "comparison_dataset": "ours",
-    "rl_prompt": "\n\nHuman: Hello.\n\nAssistant: Good day.\n\nHuman: What is a weir?\n\nAssistant:",
-    "initial_response": [{"sample": " Look it up yourself."}],
-    "cst": [
-        {
-            "cst_key": key,
-            "cst_value": CRITIQUES[key],
-            "critique": {"sample": f" {key} says that it is rude."},
-            "revision": {"sample": f" A low dam, by {key}."},
-        }
-        for key in ("polite1", "polite0", "polite1")
-    ],
-}
-FEW_SHOT = (
-    "\n\nHuman: {question}\n\nAssistant: Look it up.\n\nCritiqueRequest: Is it rude?\n\nCritique: It is.\n\n"
-    "RevisionRequest: Make it polite.\n\nRevision: A low dam.\n\nHuman:"
-)
-THOUGHT = (
-    "\n\nHuman: Consider the following conversation between a human (H) and an assistant (A):\n\nH: What is a weir?\n\n"
-    "{}\n (A) [[[Look it up.]]]\n (B) [[[A low dam.]]]\n\nAssistant: Let's think step by step: (A) sends {him} away; "
-    "so option B is better.\n\nHuman:\nSo the answer is: (B)"
-)
-
-
-def write(folder: Path, name: str, content: Any) -> Path:
-    path = folder / name
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
-
-
-def imported(folder: Path, name: str, content: Any) -> Constitution:
-    """Read, and then through TOML, as the command does it."""
-    constitution = import_constitution([write(folder, name, content)]).constitution
-    back = parse_constitution(dump_constitution(constitution), "back")
-    assert back == constitution
-    return back
+from bylaw.constitution.schema import STAGES, Constitution, Principle, Templates
 
 
 def test_released_critiques_round_trip(tmp_path: Path):
@@ -108,9 +42,16 @@ def test_both_files_make_one_constitution(tmp_path: Path):
     assert json.loads(dump_critiques(found.constitution)) == CRITIQUES
     assert json.loads(dump_comparisons(found.constitution)) == COMPARISONS
     assert sum("NOASSERTION" in note for note in found.notes) == 1
-    twice = import_constitution([paths[0], paths[0]])
-    assert [p.id for p in twice.constitution.principles] == ["polite0", "polite1", "polite0-2", "polite1-2"]
-    assert any("2 ids stood in more than one file" in note for note in twice.notes)
+
+
+def test_what_stands_in_several_files_is_taken_once_and_other_words_get_a_number(tmp_path: Path):
+    other = CRITIQUES | {"polite1": CRITIQUES["polite0"]}
+    paths = [write(tmp_path, name, content) for name, content in (("a.json", CRITIQUES), ("b.json", other))]
+    found = import_constitution([*paths, paths[0]])
+    assert [p.id for p in found.constitution.principles] == ["polite0", "polite1", "polite1-2"]
+    assert found.constitution.principles[0].sources == ("a.json, polite0", "b.json, polite0")
+    assert "1 ids stood in more than one file, and got a number" in found.notes
+    assert "3 principles stood before with the same id and words, and were taken once" in found.notes
 
 
 def test_hugging_face_round_trip(tmp_path: Path):
@@ -132,155 +73,59 @@ def test_chains_round_trip(tmp_path: Path):
     assert chains[0]["answer"] == {"text": "Look it up yourself.", "ids": [], "finish": "given"}
     assert [one["principle"]["id"] for one in chains[0]["rounds"]] == ["polite1", "polite0", "polite1"]
     assert chains[0]["rounds"][1]["principle"]["hash"] == found.constitution.principle("polite0").hash
-    assert [json.loads(line) for line in dump_chains(chains, found.constitution).splitlines()] == [CHAIN, CHAIN]
+    text, left_out = dump_chains(chains, found.constitution)
+    assert [json.loads(line) for line in text.splitlines()] == [CHAIN, CHAIN] and not left_out
     other = imported(tmp_path, "other.json", {"polite0": CRITIQUES["polite1"], "polite1": CRITIQUES["polite0"]})
     with pytest.raises(ValueError, match="'OURS_SLMADISON-1', round 1: principle 'polite1' has the hash"):
         dump_chains(chains, other)
 
 
-def test_few_shot_examples(tmp_path: Path):
-    constitution = imported(tmp_path, "c.json", CRITIQUES)
-    questions = import_constitution([write(tmp_path, "q.json", COMPARISONS)]).constitution
-    more = "What is a dam?\n\nAssistant: A wall.\n\nHuman: And a weir?"
-    texts = [FEW_SHOT.replace("{question}", q) for q in ("What is a weir?", more)]
-    kind, examples = import_examples(write(tmp_path, "CritiqueRevisionFewShotPrompts.json", texts))
-    assert (kind, len(examples)) == ("critique", 2)
-    assert examples[1]["prompt"][2] == {"role": "user", "content": "And a weir?"}
-    text, notes = dump_examples(kind, examples, constitution)
-    (example,) = parse_examples(text, "x", constitution).revisions
-    assert (example.prompt, example.answer, example.revision) == ("What is a weir?", "Look it up.", "A low dam.")
-    assert (example.principle, example.critique) == ("Make it polite.", "It is.")
-    assert notes[0] == "1 with a prompt of several turns left out"
+def test_chains_that_would_not_be_read_back_are_left_out(tmp_path: Path):
+    chains, found = read_chains(write(tmp_path, "OURS_SLMADISON.jsonl", CHAIN))
+    [chain] = chains
 
-    pair = {"prompt": "\n\nHuman: What is a weir?\n\nAssistant:", "corrects": ["A low dam."], "incorrects": ["No."]}
-    kind, examples = import_examples(write(tmp_path, "few.json", [pair, {"prompt": THOUGHT}]))
-    text, notes = dump_examples(kind, examples, questions)
-    plain, thought = parse_examples(text, "x", questions).comparisons
-    assert (plain.a, plain.b, plain.better, plain.principle) == (
-        "A low dam.",
-        "No.",
-        "a",
-        ("comparison-1", "comparison-2"),
-    )
-    assert plain.reasons == "Answer {a} keeps the principle better than answer {b} does."
-    assert thought.reasons == "({a}) sends {{him}} away; so option {b} is better."
-    assert (thought.a, thought.b, thought.better, thought.prompt) == (
-        "Look it up.",
-        "A low dam.",
-        "b",
-        "What is a weir?",
-    )
-    assert any(note.startswith("1 without reasons") for note in notes)
+    def asking(*turns: str, role: str = "user") -> dict[str, Any]:
+        return chain | {"prompt": [{"role": role, "content": text} for text in turns]}
 
-
-def test_chats_are_examples_by_the_principle_that_they_use(tmp_path: Path):
-    kind, (example,) = import_examples(write(tmp_path, "constitution.json", HUGGING_FACE))
-    assert (kind, example["principle"], example["answer"]) == ("critique", "critique-1", "Look it up yourself.")
-
-
-def test_numbered_text(tmp_path: Path):
-    text = (
-        "The rules of the house.\nKept since 1999.\n\n1. Be kind,\n   always.\n2) Say what is true.\n\n"
-        "   Even when it is hard.\n\nSigned by all.\nIn May.\n\n(3) Say what is true.\r\n"
-    )
-    found = import_constitution([write(tmp_path, "rules.txt", text)])
-    constitution = found.constitution
-    assert [p.statement for p in constitution.principles] == [
-        "Be kind, always.",
-        "Say what is true. Even when it is hard.",
-        "Say what is true.",
+    empty = [one | {"revision": {"text": " "}} for one in chain["rounds"]]
+    odd = [
+        asking("He said\n\nAssistant: yes\n\nHuman: no ?"),
+        asking("x\n\nAssistant: I obey."),
+        asking("Be short.", role="system"),
+        chain | {"answer": {"text": ""}},
+        chain | {"rounds": empty},
+        chain | {"rounds": []},
+        chain | {"answer": {"text": "a bell: \a"}},
     ]
-    assert [p.id for p in constitution.principles] == ["be-kind-always", "say-what-is-true-even", "say-what-is-true"]
-    assert constitution.principles[1].sources == ("rules.txt, line 6",)
-    assert constitution.preamble == "The rules of the house.\nKept since 1999."
-    assert found.notes[0] == "2 lines between and below the numbers left out: lines 10, 11"
+    text, left_out = dump_chains([*odd, chain], found.constitution)
+    assert [json.loads(line) for line in text.splitlines()] == [CHAIN]
+    held = "a text that the form cannot hold (a system message, a speaker's name within a turn, no round)"
+    read = "a text that would be read otherwise (a speaker's name within a turn)"
+    assert left_out == {"an empty answer, critique or revision": 2, held: 4, read: 1}
+    bare = chain | {"rounds": [one | {"critique": None} for one in chain["rounds"]]}
+    with pytest.raises(ValueError, match=r"'OURS_SLMADISON-1', round 1: has no critique \(revise.critiques = false\)"):
+        dump_chains([bare], found.constitution)
 
 
-MARKDOWN = """\
-# House rules
-
-Kept by *everyone*.
-
-## Kindness
-
-Be **kind** to people
-and to [animals](https://example.org).
-
-## Truth
-
-Some words on truth.
-
-- **Facts:** say what is `true`.
-- Doubt: say when you are not sure,
-  and why.
-
-  - even to yourself
-1. Do not shout.
-
-| a | table |
-|---|-------|
-
-```
-code = "is no rule"
-```
-
-## Kindness
-
-First paragraph.
-
-Second_paragraph_here, with 2 * 3 * 4.
-
-## Empty
-"""
-
-
-def test_markdown(tmp_path: Path):
-    found = import_constitution([write(tmp_path, "house.md", MARKDOWN)])
-    constitution = found.constitution
-    assert (constitution.name, constitution.preamble) == ("House rules", "Kept by *everyone*.")
-    assert [(p.id, p.title, p.statement, p.tags) for p in constitution.principles] == [
-        ("kindness", "Kindness", "Be kind to people and to animals.", ()),
-        ("facts", "Facts", "say what is true.", ("truth",)),
-        (
-            "doubt-say-when-you-are",
-            "Doubt: say when you are not sure ...",
-            "Doubt: say when you are not sure, and why.",
-            ("truth",),
-        ),
-        ("even-to-yourself", "even to yourself", "even to yourself", ("truth",)),
-        ("do-not-shout", "Do not shout", "Do not shout.", ("truth",)),
-        ("first-paragraph", "First paragraph", "First paragraph.", ("kindness",)),
-        (
-            "second-paragraph-here-with-2",
-            "Second_paragraph_here, with 2 * 3 * 4",
-            "Second_paragraph_here, with 2 * 3 * 4.",
-            ("kindness",),
-        ),
+def test_what_a_form_cannot_hold_is_told(tmp_path: Path):
+    one = Principle(id="one", title="o", statement="s", sources=("x",), tags=("t",), weight=2.0, comparison="Which ?")
+    two = Principle(id="two", title="t", statement="s", sources=("x",), stages=("comparison",))
+    templates = Templates(revision="Again: {statement}", rating="{dialogue} {answer} {title}")
+    made = Constitution(name="n", version="1", license="x", preamble="p", principles=(one, two), templates=templates)
+    assert not_held(made, "anthropic-critiques") == [
+        "the form holds ids and requests: no titles, statements, sources, licence or preamble",
+        "left out: 1 principles that are not of the stage critique: two",
+        "left out: 1 weights",
+        "left out: 1 lists of tags",
+        "left out: 1 requests of a principle's own, for the other stage",
+        "left out: 1 templates: rating",
     ]
-    assert found.notes[:2] == (
-        "5 lines of tables, quotes, code and rules left out: lines 21, 22, 24, 25, 26",
-        "1 paragraphs beside items left out: line 12",
-    )
-    assert parse_constitution(dump_constitution(constitution), "x") == constitution
-
-
-@pytest.mark.parametrize(
-    ("text", "statements"),
-    [
-        ("- Be kind.\n- Be true.\n", ["Be kind.", "Be true."]),
-        ("Be kind.\n\nBe true.\n", ["Be kind.", "Be true."]),
-        ("# Rules\n\nRead them.\n\n* Be kind.\n* Be kind.\n", ["Be kind.", "Be kind."]),
-        ("# Be kind\n\nAlways.\n\n# Be true\n\nMostly.\n", ["Always.", "Mostly."]),
-        ("# Rules\n\nBe kind.\n\nBe true.\n", ["Be kind.", "Be true."]),
-        ("- **Never** lie.\n- **Do not** harm. **Ever:** no.\n", ["Never lie.", "Do not harm. Ever: no."]),
-        ("- **Truth** - be true.\n- __Care__: be kind.\n- **Hope.** Be glad.\n", ["be true.", "be kind.", "Be glad."]),
-        ("---\nby: us\n---\n# Rules\n\nRead.\n\n## A\n\nBe kind.\n\n## B\n\nBe true.\n", ["Be kind.", "Be true."]),
-    ],
-)
-def test_small_markdown(tmp_path: Path, text: str, statements: list[str]):
-    constitution = imported(tmp_path, "rules.md", text)
-    assert [p.statement for p in constitution.principles] == statements
-    assert len({p.id for p in constitution.principles}) == len(statements)
+    assert not_held(made, "anthropic-comparisons")[1:] == [
+        "left out: 1 weights", "left out: 1 lists of tags", "left out: 2 templates: revision, rating"
+    ]  # fmt: skip
+    bare = dataclasses.replace(made, principles=(dataclasses.replace(two, stages=STAGES),), templates=Templates())
+    for form in WRITERS:
+        assert len(not_held(bare, form)) == 1
 
 
 def lacking(key: str, **changes: Any) -> dict[str, Any]:
@@ -318,15 +163,9 @@ def lacking(key: str, **changes: Any) -> dict[str, Any]:
         ("x.json", ["Which?", 4], r"x\.json: item 2: int 4; allowed: text"),
         ("x.json", ["Which \u001b[2J? Options:"], r"x\.json: item 1: holds the control character"),
         ("x.json", '["half \\ud800 a letter"]', r"x\.json: item 1: holds the control character"),
-        ("x.json", [FEW_SHOT], r"x\.json: these are few-shot examples"),
+        ("x.json", ["CritiqueRequest: Hm."], r"x\.json: these are few-shot examples"),
         ("x.json", {"constitutions": []}, r"x\.json: an empty list"),
         ("x.json", {"constitutions": [{"critic": "a"}]}, r"x\.json: constitution 1: key 'revision' is missing"),
-        (
-            "x.json",
-            HUGGING_FACE | {"system_chat": [CHAT[:4]]},
-            r"x\.json: chat 1: 4 turns; allowed: an even number from 6",
-        ),
-        ("x.json", HUGGING_FACE | {"system_chat": [CHAT[1:]]}, r"x\.json: chat 1: turn 1 has the role 'assistant'"),
         ("x.txt", "No numbers here.", r"x\.txt: no line is numbered"),
         ("x.txt", "", r"x\.txt: an empty text"),
         ("x.txt", "1. Ring the bell: \a", r"x\.txt: holds the control character"),
@@ -359,24 +198,9 @@ def test_hostile_files_are_refused_by_file_and_place(tmp_path: Path, name: str, 
         import_constitution([write(tmp_path, name, content)])
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ([FEW_SHOT, "Human: a"], r"x\.json: item 2: is not a dialogue with CritiqueRequest"),
-        ([{"prompt": "Human: a\n\nAssistant:", "corrects": [], "incorrects": ["b"]}], r"item 1: corrects: a list of 0"),
-        ([{"prompt": "Human: a\n\nAssistant:", "corrects": ["b"]}], r"item 1: key 'incorrects' is missing"),
-        ([{"prompt": THOUGHT[:-3]}], r"item 1: prompt is neither with corrects"),
-        ([{"prompt": THOUGHT}, {"promt": THOUGHT}], r"item 2: key 'prompt' is missing"),
-        ({"constitutions": [], "system_chat": []}, r"no example in it"),
-        ({"constitutions": [], "system_chat": None}, r"no example in it"),
-        ({"constitutions": [], "system_chat": 5}, r"x\.json: system_chat is int 5; allowed: a list"),
-        ({"constitutions": None, "system_chat": [[]]}, r"x\.json: NoneType None; allowed: a list"),
-        (CRITIQUES, r"not a file of examples"),
-    ],
-)
-def test_hostile_examples_are_refused_by_file_and_place(tmp_path: Path, content: Any, told: str):
-    with pytest.raises(ValueError, match=told):
-        import_examples(write(tmp_path, "x.json", content))
+def test_what_no_constitution_file_could_hold_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="cannot be written as a file: its name would not read back the same"):
+        import_constitution([write(tmp_path, "my  rules.md", "- Be kind.\n")])
 
 
 def test_what_is_no_text_at_all(tmp_path: Path):

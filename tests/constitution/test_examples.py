@@ -47,6 +47,16 @@ def test_a_revision_is_rendered_with_the_constitutions_own_requests(constitution
     assert len(direct) == 4 and "rule one" in direct[2]["content"] and direct[3]["content"] == "good"
 
 
+def test_a_prompt_may_be_a_dialogue(constitution: Constitution) -> None:
+    talk = '"Human: w7\\n\\nAssistant: w8\\n\\nHuman: w9"'
+    text = TEXT.replace('"w1"', talk).replace('"w3"', talk)
+    found = parse_examples(text, "x.toml", constitution)
+    said = [(turn["role"], turn["content"]) for turn in revision_turns(constitution, found.revisions[0])]
+    assert said[:4] == [("user", "w7"), ("assistant", "w8"), ("user", "w9"), ("assistant", "bad w2")]
+    question, _ = comparison_turns(constitution, found.comparisons[0], lambda id, position: 0.0)
+    assert question["content"].startswith("Human: w7\nAssistant: w8\nHuman: w9 which")
+
+
 @pytest.mark.parametrize("u_principle,rule", [(0.49, "rule two"), (0.5, "A rule in own words.")])
 @pytest.mark.parametrize("u_order,options,letter", [(0.4, "A good w4 B bad w5", "A"), (0.6, "A bad w5 B good w4", "B")])
 def test_a_comparisons_principle_and_order_are_drawn(
@@ -89,6 +99,12 @@ def test_they_stand_before_the_dialogue_and_behind_its_system_message() -> None:
     "old,new,message",
     [
         ('"one"', '"onw"', r"x.toml:5: revision 1: key 'principle' is 'onw'.*did you mean 'one'"),
+        (
+            '"w1"',
+            '"Human: w1\\n\\nAssistant: w2"',
+            r"x.toml:3: revision 1: key 'prompt' begins 'Human:' .*must end with",
+        ),
+        ('"w3"', '"Human:"', r"comparison 1: key 'prompt' begins 'Human:' as a dialogue does, but .* is empty"),
         ('better = "a"', 'better = "A"', r"comparison 1: key 'better' is 'A'; allowed: \"a\" or \"b\""),
         ('critique = "w2 bad"\n', "", r"revision 1: key 'critique' is missing"),
         ("critique =", "critic =", r"x.toml:6: .*'critic' is not known.*'critique'"),

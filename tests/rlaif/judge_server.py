@@ -1,6 +1,8 @@
 """A judge's server for tests: real HTTP on this machine, answers from a function, and faults where planted."""
 
 import json
+import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -9,7 +11,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from bylaw.model.sampler import turn
 from bylaw.rlaif.config import RemoteConfig
+from bylaw.rlaif.reader import Question, Reading
 from bylaw.rlaif.remote import RemoteReader
 
 Body = dict[str, Any]
@@ -130,3 +134,99 @@ QUICK = {"model": "m", "timeout_seconds": 30.0, "backoff_seconds": 0.002, "retri
 
 def reader(url: str, **settings: Any) -> RemoteReader:
     return RemoteReader(url=url, config=RemoteConfig(**{**QUICK, **settings}), seed=5, prefix="so :")
+
+
+# Questions whose numbers come back, so that readings cannot change places unseen.
+
+
+def question(number: int) -> Question:
+    return Question([turn("user", f"question {number} ?")], "so :")
+
+
+def number_of(body: Body) -> int:
+    found = re.search(r"question (\d+) \?", json.dumps(body))
+    assert found
+    return int(found[1])
+
+
+def numbered(body: Body) -> Body:
+    """The letter A has the question's number in its log-prob."""
+    return chat_answer({" A": -number_of(body) / 1000 - 0.001, " B": -9.0, " C": -10.0})
+
+
+def numbered_readings(count: int) -> list[Reading]:
+    return [Reading((-n / 1000 - 0.001, -9.0)) for n in range(count)]
+
+
+# Replies byte by byte.
+
+Behave = Callable[[socket.socket], bool]
+
+
+class RawServer:
+    """Has `behave` send what follows each request, and hangs up after one for which it says False."""
+
+    def __init__(self, behave: Behave) -> None:
+        self.behave, self.over = behave, threading.Event()
+        self.connections, self.requests = 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+
+    def listen(self) -> None:
+        while True:
+            try:
+                talk, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            self.connections += 1
+            threading.Thread(target=self.answer, args=(talk,), daemon=True).start()
+
+    def answer(self, talk: socket.socket) -> None:
+        with talk, talk.makefile("rb") as file:
+            try:
+                while (length := _length(file)) >= 0:
+                    file.read(length)
+                    self.requests += 1
+                    if not self.behave(talk):
+                        return
+            except OSError:  # the client hung up
+                return
+
+
+def _length(file: Any) -> int:
+    """Of the body after the headers of a request; -1 where none comes."""
+    length = -1
+    while (line := file.readline()).strip():
+        if line.lower().startswith(b"content-length:"):
+            length = int(line.split(b":")[1])
+    return length
+
+
+@contextmanager
+def raw_serving(behave: Behave) -> Iterator[RawServer]:
+    server = RawServer(behave)
+    thread = threading.Thread(target=server.listen, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.listener.shutdown(socket.SHUT_RDWR)
+        server.listener.close()
+        thread.join()
+
+
+def raw_reply(content: bytes, version: str = "1.1", headers: str = "", length: bool = True) -> bytes:
+    counted = f"Content-Length: {len(content)}\r\n" if length else ""
+    return f"HTTP/{version} 200 OK\r\n{headers}{counted}\r\n".encode() + content
+
+
+def sending(data: bytes, keep: bool = True) -> Behave:
+    def behave(talk: socket.socket) -> bool:
+        talk.sendall(data)
+        return keep
+
+    return behave

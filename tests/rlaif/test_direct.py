@@ -77,7 +77,7 @@ def test_a_rater_reads_dialogue_answer_and_principle(
     engine = Marker(make_model(context=256), tokenizer)
     judge: Any = Judge(reader=None, constitution=constitution, config=LabelConfig(), seed=1)  # type: ignore[arg-type]
     dialogue = [{"role": "user", "content": "w1"}]
-    rater = Rater(judge=judge, engine=engine, dialogues={"p": dialogue})
+    rater = Rater(judge=judge, engine=engine, dialogues={"p": dialogue}, policy=tokenizer)
     said = [Rollout("p", [5], tokenizer.encode(text), [], True, n) for n, text in enumerate(["good good w2", "w3"])]
     long = Rollout("p", [5], tokenizer.encode("w1 " * 250), [], True, 9)
     found = rater.rate([*said, long])
@@ -87,6 +87,24 @@ def test_a_rater_reads_dialogue_answer_and_principle(
     request = rating_request(constitution, principle, dialogue, "good good w2")
     prefix = constitution.templates.rating_prefix
     assert list(engine.asked[0][0]) == tokenizer.prompt_ids([{"role": "user", "content": request}], prefix=prefix)
+
+
+def test_a_judge_with_another_tokenizer_is_shown_the_words_of_the_policy(
+    make_model: Callable, tokenizer: Tokenizer, constitution: Constitution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same words, under other ids."""
+    monkeypatch.setattr("bylaw.rlaif.direct.mark_ids", lambda tokenizer, prefix: ONE_EACH)
+    ids = tokenizer.backend.get_vocab()
+    words = sorted(ids, key=lambda word: -ids[word])
+    backend = tokenizers.Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["</s>", "<unk>"])
+    own = Tokenizer.from_parts(backend, eos_token="</s>")
+    judge: Any = Judge(reader=None, constitution=constitution, config=LabelConfig(), seed=1)  # type: ignore[arg-type]
+    engine, dialogues = Marker(make_model(context=256), own), {"p": [{"role": "user", "content": "w1"}]}
+    rater = Rater(judge=judge, engine=engine, dialogues=dialogues, policy=tokenizer)
+    [found] = rater.rate([Rollout("p", [5], tokenizer.encode("good good w2"), [], True, 0)])
+    assert "good good w2" in own.decode(list(engine.asked[0][0])) and found["score"] == pytest.approx((3 - 5.5) / 4.5)
 
 
 def test_an_answer_that_could_not_be_rated_counts_as_an_average_one() -> None:

@@ -9,8 +9,12 @@ import torch
 import transformers
 from small_run import HELPFUL, PROMPTS, WORDS, tiny_llama, word_tokenizer, write_lines, write_run
 
+import bylaw.model.fit as fit_module
+from bylaw.learned import preferred
+from bylaw.ledger import Ledger
 from bylaw.model.checkpoint import load_model, save_model
 from bylaw.model.packing import pack
+from bylaw.model.records import sha256_file
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import load_recipe
 from bylaw.talk import find_checkpoint
@@ -85,3 +89,43 @@ def test_mistakes_are_found_before_work(recipe_file: Path) -> None:
     recipe_file.write_text(changed.replace("0.0001", "0.4"))
     with pytest.raises(FileNotFoundError, match="run `bylaw label`"):
         run_pipeline(load_recipe(recipe_file), ("dpo",))
+
+
+def test_helpfulness_preferences_are_mixed_in_behind_the_runs_own(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = [one | {"id": f"m{n}", "p_a": 0.123} for n, one in enumerate(preferences()) if n != 3]
+    write_lines(recipe_file.parent / "mixed.jsonl", mixed)
+    own: list[dict[str, Any]] = [
+        one | ({"p_a": 0.6 + n / 100} if one["p_a"] else {}) for n, one in enumerate(preferences())
+    ]
+    write_lines(recipe_file.parent / "out/label/preferences.jsonl", own)
+    text = recipe_file.read_text().replace("[dpo]\n", "[dpo]\nhelpful_ratio = 0.4\n")
+    recipe_file.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"stage dpo: dpo.helpful_ratio = 0.4 is not possible; allowed: 0 without help"
+    ):
+        run_pipeline(load_recipe(recipe_file), ("dpo",))
+    recipe_file.write_text('helpful_preferences = "mixed.jsonl"\n' + text)
+    batches: list[list[Any]] = []
+    accumulate = fit_module.accumulate
+
+    def spied(objective: Any, batch: Any, *rest: Any) -> Any:
+        batches.append([item.pair.p_a for item in batch])
+        return accumulate(objective, batch, *rest)
+
+    monkeypatch.setattr(fit_module, "accumulate", spied)
+    recipe = load_recipe(recipe_file)
+    manifest = run_pipeline(recipe, ("dpo",))["dpo"]
+    counts = manifest["counts"]
+    assert counts["helpful_pairs"] == round(0.4 * counts["train_pairs"]) > 0 == counts["helpful_pairs_missing"]
+    assert counts["train_pairs"] - counts["helpful_pairs"] + counts["heldout_pairs"] == 15
+    assert sum(p == 0.123 for batch in batches for p in batch) == 3 * counts["helpful_pairs"]
+    assert manifest["inputs"]["helpful_preferences"] == sha256_file(recipe_file.parent / "mixed.jsonl")
+    # What is told of the run's own preferences is what was done with them.
+    fates = preferred(Ledger(recipe.out), "dpo")
+    told: list[list[float]] = [[] for _ in batches]
+    for one in own:
+        for visit in fates[one["id"]].get("steps", ()):
+            told[visit["step"]].append(one["p_a"])
+    assert [sorted(p for p in batch if p != 0.123) for batch in batches] == [sorted(labels) for labels in told]

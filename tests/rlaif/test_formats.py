@@ -22,7 +22,8 @@ ASK = {"role": "user", "content": "What colour is the sky?"}
 BLUE = {"role": "assistant", "content": "It is blue."}
 GREEN = {"role": "assistant", "content": "It is green."}
 SYSTEM = {"role": "system", "content": "Be short."}
-TALK = "\n\nHuman: Hello.\n\nAssistant: Good day.\n\nHuman: What colour is the sky?\n\nAssistant:"
+OPEN = "\n\nHuman: Hello.\n\nAssistant: Good day.\n\nHuman: What colour is the sky?"
+TALK = f"{OPEN}\n\nAssistant:"
 
 
 def rows_file(folder: Path, *rows: Any) -> Path:
@@ -78,6 +79,55 @@ def test_unpaired_answers_of_a_prompt_are_paired(tmp_path: Path):
     assert found.left_out == {"an unpaired answer without one of the other label to the same prompt": 2}
 
 
+@pytest.mark.parametrize(
+    ("row", "roles"),
+    [
+        ({"prompt": TALK, "chosen": f"{TALK} It is blue.", "rejected": f"{TALK} It is green."}, "uau"),
+        ({"prompt": TALK.strip(), "chosen": f"{TALK} It is blue.", "rejected": f"{TALK} It is green."}, "uau"),
+        ({"prompt": OPEN, "chosen": f"{TALK} It is blue.", "rejected": f"{TALK} It is green."}, "uau"),
+        ({"prompt": ASK["content"], "chosen": "What colour is the sky? It is blue.",
+          "rejected": "What colour is the sky?\nIt is green."}, "u"),
+        ({"prompt": [ASK], "chosen": "Human: What colour is the sky?\n\nAssistant: It is blue.",
+          "rejected": "Human: What colour is the sky?\n\nAssistant: It is green."}, "u"),
+    ],
+)  # fmt: skip
+def test_texts_that_repeat_the_prompt_are_cut_as_messages_are(tmp_path: Path, row: Record, roles: str):
+    found = read_preferences(rows_file(tmp_path, row))
+    (record,) = found.records
+    assert "".join(message["role"][0] for message in record["prompt"]) == roles and record["prompt"][-1] == ASK
+    assert (record["a"]["text"], record["b"]["text"]) == ("It is blue.", "It is green.")
+    assert "1 pairs of answers that repeat the prompt: it was cut off" in found.summary()
+
+
+def test_texts_of_which_one_repeats_the_prompt_are_left_out(tmp_path: Path):
+    whole = {"prompt": TALK, "chosen": " It is blue.", "rejected": " It is green."}
+    odd = [whole | {"chosen": f"{TALK} It is blue."}, whole | {"rejected": f"{TALK} It is green."}]
+    found = read_preferences(rows_file(tmp_path, whole, *odd))
+    assert len(found.records) == 1
+    assert found.left_out == {"one answer repeats the prompt, and the other does not": 2}
+
+
+def test_an_answer_that_begins_as_a_short_prompt_by_chance_is_whole(tmp_path: Path):
+    row = {"prompt": "Hi", "chosen": "Hi there.", "rejected": "Hi."}
+    (record,) = read_preferences(rows_file(tmp_path, row)).records
+    assert (record["a"]["text"], record["b"]["text"]) == ("Hi there.", "Hi.")
+
+
+def test_rows_keep_their_ids(tmp_path: Path):
+    def row(prompt: str, **more: Any) -> Record:
+        return {"prompt": prompt, "chosen": "b", "rejected": "c"} | more
+
+    found = read_preferences(
+        rows_file(
+            tmp_path, row("one", id="mine"), row("one", id=7), row("two", id="mine"), row("two"), row("3", id=None)
+        )
+    )
+    assert [(r["id"], r["prompt_id"]) for r in found.records] == [
+        ("mine", "mine"), ("7", "mine"), ("mine-2", "mine-2"), ("rows-4", "mine-2"), ("rows-5", "rows-5"),
+    ]  # fmt: skip
+    assert "1 ids stood before, and got a number" in found.summary()
+
+
 def test_what_makes_no_pair_is_counted(tmp_path: Path):
     good = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 3}
     found = read_preferences(
@@ -127,6 +177,10 @@ def test_what_makes_no_pair_is_counted(tmp_path: Path):
         ({"completion": "b", "label": True}, r":1: keys"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.2}, r":1: p_chosen = 0.2; allowed"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": True}, r":1: p_chosen = True"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "id": [1]},
+            r":1: id = \[1\]; allowed: text or a whole number",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, r"rows\.jsonl: no preference in it; 0 records; 1 left out"),
     ],
 )
@@ -194,6 +248,10 @@ def test_our_labels_as_unpaired_rows(tmp_path: Path):
         ("It is blue.", "It is green."),
         ("It is green.", "It is blue."),
     ]
+    assert [(r["id"], r["p_a"]) for r in back] == [("one#0", 0.75), ("two#0", 0.75)]
+    rows.records[0]["p_chosen"] = 0.95
+    assert read_preferences(rows_file(tmp_path, *rows.records)).records[0]["p_a"] == pytest.approx(0.85)
+    assert read_preferences(rows_file(tmp_path, *rows.records), p_chosen=0.9).records[0]["p_a"] == 0.9
 
 
 def chain(answer: str, *revisions: str) -> Record:

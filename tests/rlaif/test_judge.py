@@ -2,20 +2,25 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bylaw.constitution.examples import ComparisonExample, Examples
 from bylaw.constitution.schema import Constitution, Principle
+from bylaw.model.engine import Engine
 from bylaw.model.records import Record, read_records
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.config import LabelConfig
 from bylaw.rlaif.judge import Judge, judging_reserve
-from bylaw.rlaif.label import TOO_LITTLE, label, preferences
-from bylaw.rlaif.reader import Question, Reading, Thought
+from bylaw.rlaif.label import NO_THOUGHT, TOO_LITTLE, label, preferences
+from bylaw.rlaif.reader import FILTERED, LocalReader, Question, Reading, Thought
+from bylaw.trace import Tracer
+from bylaw.trace_text import describe
 
 PAIRS = [
     {"id": f"p-{p}#{n}", "prompt_id": f"p-{p}", "prompt": [{"role": "user", "content": "w1"}],
@@ -91,7 +96,8 @@ def test_thoughts_are_averaged_in_both_orders_then_clamped_and_the_unclamped_val
         reader = Scripted(answer)
         [preference] = preferences(judge_of(reader, constitution, thoughts=2, clamp=clamp), PAIRS[:1])
         [one] = preference["labels"]
-        assert one["unclamped"] == pytest.approx((0.8 + 1 - 0.3) / 2) and preference["p_a"] == pytest.approx(expected)
+        assert preference["unclamped"] == one["p_a"] == pytest.approx((0.8 + 1 - 0.3) / 2)
+        assert preference["p_a"] == pytest.approx(expected) and "unclamped" not in one
         assert one["a_first"]["p_first"] == pytest.approx(0.8) and one["b_first"]["p_first"] == pytest.approx(0.3)
         assert math.exp(one["a_first"]["logprob_A"]) == pytest.approx(0.8)
         assert [side["p_first"] for side in one["b_first_each"]] == pytest.approx([0.2, 0.4])
@@ -100,6 +106,90 @@ def test_thoughts_are_averaged_in_both_orders_then_clamped_and_the_unclamped_val
         templates = constitution.templates
         assert reader.asked[0].prefix == f"{templates.thought_prefix} so w0\nso :"
         assert len({t.key for t in reader.thought}) == 4 and reader.thought[0].stop == ("so :",)
+
+
+@pytest.mark.parametrize(
+    ("values", "clamped"), [((0.9, 0.3), 0.45), ((0.99, 0.61), 0.6), ((0.02, 0.5), 0.4), ((0.7, 0.4), 0.475)]
+)
+def test_only_the_whole_label_is_clamped(
+    values: tuple[float, float], clamped: float, constitution: Constitution, tmp_path: Path
+) -> None:
+    """By hand: weights 1 and 3. Each principle keeps what it says, and what is clamped is their mean."""
+    says = dict(zip(("rule one", "rule two"), values, strict=True))
+
+    def answer(question: Question) -> tuple[float, float]:
+        p = next(p for rule, p in says.items() if rule in question.messages[-1]["content"])
+        return (p, 1 - p) if a_is_first(question) else (1 - p, p)
+
+    judge = judge_of(Scripted(answer), constitution, principles="all", thoughts=1)
+    counts = label(judge, PAIRS[:1], tmp_path / "a.jsonl")
+    [preference] = read_records(tmp_path / "a.jsonl")
+    mean = (values[0] + 3 * values[1]) / 4
+    assert [one["p_a"] for one in preference["labels"]] == pytest.approx(values)
+    assert preference["unclamped"] == pytest.approx(mean) and preference["p_a"] == pytest.approx(clamped)
+    assert counts["clamped"] == (not 0.4 <= mean <= 0.6)
+    written = {side: preference[side] | {"finish": "stop"} for side in "ab"} | {"labels": []}
+    ledger: Any = SimpleNamespace(preferences={preference["id"]: preference}, manifests={})
+    traced = Tracer(ledger)._pair(preference | written)
+    text = describe({"prompt": {"id": "p", "messages": []}, "pairs": [traced]})
+    assert f"p(a is better) = {clamped:.4f} ({mean:.4f} before the clamp)" in text
+
+
+def test_without_thoughts_nothing_is_clamped_or_said_to_be(constitution: Constitution) -> None:
+    reader = Scripted(lambda question: (0.9, 0.1) if a_is_first(question) else (0.1, 0.9))
+    [preference] = preferences(judge_of(reader, constitution), PAIRS[:1])
+    assert preference["p_a"] == pytest.approx(0.9) and "unclamped" not in preference
+
+
+@pytest.mark.parametrize(
+    ("thought", "why"),
+    [
+        ({"text": "", "finish": "length"}, NO_THOUGHT),
+        ({"text": "", "finish": "stop"}, NO_THOUGHT),
+        ({"text": "So: A", "finish": "stop"}, NO_THOUGHT),  # an answer at once
+        ({"text": "", "finish": "content_filter"}, FILTERED),
+        ({"text": "well, then", "finish": "content_filter"}, FILTERED),
+        ({"text": "well, then", "finish": "length"}, ""),
+    ],
+)
+def test_what_stands_on_no_thought_abstains(
+    thought: dict[str, str], why: str, constitution: Constitution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Scripted(lambda question: (0.7, 0.3))
+    monkeypatch.setattr(reader, "think", lambda asked: [thought | {"ids": []} for _ in asked])
+    [preference] = preferences(judge_of(reader, constitution, thoughts=1), PAIRS[:1])
+    assert preference["abstained"] == why and (preference["p_a"] is None) == bool(why)
+
+
+def test_a_reading_with_a_bound_says_so_and_so_does_a_mean_of_thoughts(constitution: Constitution) -> None:
+    @dataclasses.dataclass
+    class Bounding(Scripted):
+        def read(self, asked: Sequence[Question]) -> list[Reading]:
+            readings = super().read(asked)
+            bounded = [a_is_first(one) and "so w1" in one.prefix for one in asked] if self.thought else [True, False]
+            return [dataclasses.replace(r, bounded=b) for r, b in zip(readings, bounded, strict=True)]
+
+    for thoughts in (0, 2):
+        judge = judge_of(Bounding(lambda question: (0.7, 0.3)), constitution, thoughts=thoughts)
+        [one] = preferences(judge, PAIRS[:1])[0]["labels"]
+        assert one["a_first"]["bounded"] is True and "bounded" not in one["b_first"]
+    assert ["bounded" in side for side in one["a_first_each"]] == [False, True]
+
+
+def test_each_chunk_begins_with_nothing_kept_from_the_one_before(constitution: Constitution, tmp_path: Path) -> None:
+    calls = []
+
+    class Noting(Scripted):
+        def forget(self) -> None:
+            calls.append("forget")
+
+        def read(self, asked: Sequence[Question]) -> list[Reading]:
+            calls.append(f"read {len(asked)}")
+            return super().read(asked)
+
+    judge = judge_of(Noting(lambda question: (0.5, 0.5)), constitution, pairs_per_chunk=3)
+    label(judge, PAIRS[:5], tmp_path / "a.jsonl")
+    assert calls == ["forget", "read 6", "forget", "read 4"]
 
 
 def test_a_thought_that_gives_no_letter_has_no_part_and_a_side_without_any_abstains(
@@ -140,6 +230,42 @@ def test_shots_are_the_same_for_all_of_a_prompt_and_drawn_anew_for_another(
     assert longest - len(tokenizer.encode("good w2 w3")) <= reserve <= longest
 
 
+def test_what_is_the_same_for_a_prompts_questions_is_made_once(
+    constitution: Constitution, tokenizer: Tokenizer, make_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Examples are rendered once for each prompt, principles drawn once for each pair, and what questions begin with is
+    encoded once for all eight, or twice, where another prompt's begin so too.
+    """
+    made: Counter[str] = Counter()
+
+    def counting(name: str) -> None:
+        method = getattr(Judge, name)
+        monkeypatch.setattr(Judge, name, lambda self, pair: (made.update([name]), method(self, pair))[1])
+
+    counting("shown")
+    counting("principles")
+
+    class Counting:
+        encode_special_tokens = False
+
+        def encode(self, text: str, add_special_tokens: bool) -> Any:
+            made.update([text])
+            return tokenizer.backend.encode(text, add_special_tokens=add_special_tokens)
+
+    own = Tokenizer.from_parts(tokenizer.backend, eos_token="</s>")
+    engine = Engine(make_model(context=256), own)
+    reader = LocalReader(engine=engine, seed=3, prefix="so :", hash="x")
+    judge = judge_of(reader, constitution, shots=3, principles="all", min_option_mass=0.0)
+    expected = preferences(judge, PAIRS)
+    made.clear()
+    monkeypatch.setattr(own, "backend", Counting())
+    monkeypatch.setattr(own, "_kept", {})
+    monkeypatch.setattr(LocalReader, "_option_ids", lambda self: tokenizer.option_ids((" A", " B"), after="so :"))
+    assert preferences(judge, PAIRS) == expected
+    assert (made.pop("shown"), made.pop("principles")) == (8, 16)
+    assert max(made.values()) <= 2, made.most_common(3)
+
+
 def test_some_principles_are_drawn_without_replacement_and_weigh_the_same(constitution: Constitution) -> None:
     three = (*constitution.principles, Principle(id="three", title="x", statement="rule x", sources=("x",), weight=9.0))
     wide = dataclasses.replace(constitution, principles=three)
@@ -167,9 +293,26 @@ def test_a_helpfulness_principle_judges_the_pairs_of_helpful_prompts_alone(const
     def ids(pair: Record) -> list[str]:
         return [principle.id for principle in judge.principles(pair)]
 
-    assert ids(PAIRS[0]) == ["one"] and ids(PAIRS[2]) == ["one", "two"]
-    with pytest.raises(ValueError, match="has no principle 'onee'"):
-        judge_of(Scripted(lambda q: None), constitution, helpful_principle="onee").check()
+    assert ids(PAIRS[0]) == ["one"] and ids(PAIRS[2]) == ["two"]
+    drawn = dataclasses.replace(judge, config=dataclasses.replace(judge.config, principles="one"))
+    assert {drawn.principles(pair)[0].id for pair in PAIRS[2:]} == {"two"}
+
+
+def test_helpfulness_principles_that_cannot_be(constitution: Constitution) -> None:
+    one, two = constitution.principles
+    for stages, settings, said in (
+        (("critique", "comparison"), {"helpful_principle": "onee"}, "has no principle 'onee'"),
+        (("critique",), {"helpful_principle": "two"}, "label.helpful_principle = 'two' is not possible; allowed: one"),
+        (("critique",), {"helpful_principle": "one"}, "'one' is not possible; allowed: with another comparison"),
+        (
+            ("comparison",),
+            {"helpful_principle": "one", "principles": "some", "some": 2},
+            r"label.some = 2 .*at most the constitution's principles for comparisons beside 'one', 1",
+        ),
+    ):
+        split = dataclasses.replace(constitution, principles=(one, dataclasses.replace(two, stages=stages)))
+        with pytest.raises(ValueError, match=said):
+            judge_of(Scripted(lambda q: None), split, **settings).check()
 
 
 def test_kept_readings_are_not_asked_for(constitution: Constitution) -> None:

@@ -54,5 +54,31 @@ def test_helpful_preferences_are_read_in_our_form_and_in_trls(tmp_path: Path) ->
         RewardConfig(helpful_ratio=1.0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"p_a": 5.0}, r"ours.jsonl:2: p_a = 5.0; allowed: a number from 0 to 1"),
+        ({"p_a": True}, "p_a = True"),
+        ({"p_a": None}, "p_a = None"),
+        ({"p_a": "0.5"}, "p_a = '0.5'"),
+        ({"id": None}, r"ours.jsonl:2: keys \['a', 'abstained'"),
+        ({"abstained": None}, "with id and abstained"),
+        ({"prompt": []}, r"ours.jsonl:2: prompt: messages = \[\]"),
+        ({"a": {"text": "w4"}}, r"ours.jsonl:2: a = \{'text': 'w4'\}; allowed: an answer with text and finish"),
+        ({"b": {"text": "w4", "finish": "stop"}}, "b = .*with the ids that were sampled"),
+        ({"b": {"text": "w4", "finish": "stop", "ids": [1.5]}}, "b = .*with the ids that were sampled"),
+    ],
+)
+def test_records_of_our_own_are_checked_by_file_and_line(changes: Record, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "ours.jsonl"
+    fine = [preference("x"), preference("none", None), preference("given")]
+    fine[2]["a"] = {"text": "w4", "finish": "given"}
+    path.write_text("".join(json.dumps(one) + "\n" for one in fine))
+    assert read_helpful(path) == fine
+    path.write_text("".join(json.dumps(one) + "\n" for one in (preference("x"), preference("y") | changes)))
+    with pytest.raises(ValueError, match=told):
+        read_helpful(path)
+
+
 def test_hard_labels_are_0_or_1_and_a_tie_stays_one() -> None:
     assert [pair.p_a for pair in hardened([Pair([1], [2], p) for p in (0.51, 0.2, 0.5, 1.0)])] == [1.0, 0.0, 0.5, 1.0]

@@ -2,51 +2,82 @@
 
 import dataclasses
 import http.client
-import json
 import math
-import re
 import ssl
-import time
-from email.utils import formatdate
 from typing import Any
 
 import pytest
-from judge_server import KEY, Body, chat_answer, completion_answer, reader, serving, waited
+from judge_server import (
+    KEY,
+    Body,
+    chat_answer,
+    completion_answer,
+    number_of,
+    numbered,
+    numbered_readings,
+    question,
+    reader,
+    serving,
+)
 
 from bylaw.model.sampler import turn
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.config import RemoteConfig, check_server
-from bylaw.rlaif.reader import TOO_LONG, LocalReader, Question, Reading, Thought
-from bylaw.rlaif.remote import NO_LETTER, NO_LOGPROBS, letters
-from bylaw.rlaif.remote_http import Server, _seconds
-
-
-def question(number: int) -> Question:
-    return Question([turn("user", f"question {number} ?")], "so :")
-
-
-def number_of(body: Body) -> int:
-    found = re.search(r"question (\d+) \?", json.dumps(body))
-    assert found
-    return int(found[1])
-
-
-def numbered(body: Body) -> Body:
-    """The letter A has the question's number in its log-prob, so that readings cannot change places unseen."""
-    return chat_answer({" A": -number_of(body) / 1000 - 0.001, " B": -9.0, " C": -10.0})
-
-
-def numbered_readings(count: int) -> list[Reading]:
-    return [Reading((-n / 1000 - 0.001, -9.0)) for n in range(count)]
-
+from bylaw.rlaif.reader import LocalReader, Question, Reading, Thought
+from bylaw.rlaif.remote import NO_LETTER, NO_LOGPROBS, NO_NUMBER, letters
+from bylaw.rlaif.remote_line import open_line
 
 # How an answer is read.
 
 
 def test_spellings_of_a_letter_are_added_up_and_no_others() -> None:
     listed = {" A": 0.2, "A": 0.1, "▁A": 0.04, "ĠA": 0.01, "a": 0.2, "(A": 0.1, "A.": 0.02, " B": 0.06, "B\n": 0.01}
-    reading = letters({token: math.log(p) for token, p in listed.items()})
+    reading = letters(logs(listed))
     assert reading.logprobs == pytest.approx((math.log(0.35), math.log(0.07))) and not reading.bounded
+
+
+def logs(listed: dict[str, float]) -> list[tuple[str, float]]:
+    return [(token, math.log(p)) for token, p in listed.items()]
+
+
+def read_listed(*listed: tuple[str, Any], **settings: Any) -> Reading:
+    """What is made of a chat's answer with these tokens and log-probs at its first place."""
+    top = [{"token": token, "logprob": p} for token, p in listed]
+    answer = {"choices": [{"logprobs": {"content": [{"token": "x", "top_logprobs": top}]}}]}
+    with serving(lambda body: answer) as server:
+        [reading] = reader(server.url, **settings).read([question(0)])
+    return reading
+
+
+def test_two_tokens_that_are_spelled_alike_are_added_up_and_a_repeat_is_not() -> None:
+    p, q, r = math.log(0.3), math.log(0.25), math.log(0.4)
+    expected = pytest.approx((math.log(0.55), math.log(0.4)))
+    assert read_listed(("A", p), ("A", q), ("B", r)).logprobs == expected
+    assert read_listed(("A", p), ("A", q), ("B", r), ("A", p)).logprobs == expected  # the drawn one, listed twice
+
+
+@pytest.mark.parametrize("never", [-math.inf, -1e6, -(10**30)])
+def test_a_letter_without_probability_is_listed_all_the_same(never: float) -> None:
+    reading = read_listed(("A", -0.1), ("B", never))
+    assert reading == Reading((-0.1, -1e6)) and math.exp(-1e6) == 0
+    assert read_listed(("A", never), ("B", never), ("x", -0.1)) == Reading(None, NO_LETTER)
+    assert read_listed(("A", -0.1), ("x", never)) == Reading((-0.1, -1e6), bounded=True)  # what is last bounds it
+
+
+@pytest.mark.parametrize("odd", [math.nan, "-0.1", None, False, 3.0, math.inf])
+def test_a_letter_whose_log_prob_is_none_abstains(odd: Any) -> None:
+    assert read_listed(("A", odd), ("B", -1.0), ("x", -1.5)) == Reading(None, NO_NUMBER)
+    assert read_listed(("A", -0.5), ("B", -1.5), ("x", odd)) == Reading((-0.5, -1.5))
+
+
+def test_what_rounding_leaves_above_0_is_a_log_prob() -> None:
+    assert read_listed(("A", 1e-7), ("B", -17.0)) == Reading((1e-7, -17.0))
+
+
+def test_a_drawn_token_that_is_listed_beside_the_likeliest_is_not_read() -> None:
+    listed = [("A", -0.5), ("x", -1.5), ("B", -3.0)]
+    assert read_listed(*listed, top_logprobs=3) == Reading((-0.5, -3.0))
+    assert read_listed(*listed[::-1], top_logprobs=2) == read_listed(*listed[:2])
 
 
 @pytest.mark.parametrize(
@@ -59,16 +90,15 @@ def test_spellings_of_a_letter_are_added_up_and_no_others() -> None:
 )
 def test_a_letter_that_is_not_listed_has_a_bound(listed: dict[str, float], bound: float) -> None:
     for token, at in (("A", 1), ("B", 0)):
-        named = {(token if one == "A" else one): math.log(p) for one, p in listed.items()}
-        reading = letters(named)
+        reading = letters(logs({(token if one == "A" else one): p for one, p in listed.items()}))
         assert reading.bounded and reading.logprobs is not None
         assert reading.logprobs[at] == pytest.approx(math.log(bound))
         assert reading.logprobs[1 - at] == pytest.approx(math.log(listed["A"]))
 
 
 def test_what_cannot_be_read_has_its_reason() -> None:
-    assert letters({"a": -0.1, "The": -2.0}) == Reading(None, NO_LETTER)
-    assert letters({}) == Reading(None, NO_LOGPROBS)
+    assert letters([("a", -0.1), ("The", -2.0)]) == Reading(None, NO_LETTER)
+    assert letters([]) == Reading(None, NO_LOGPROBS)
 
 
 HOSTILE = [
@@ -76,8 +106,8 @@ HOSTILE = [
     {"choices": [{"logprobs": None}]},
     {"choices": [{"logprobs": {"content": []}}]},
     {"choices": [{"logprobs": {"content": [{"token": "A", "logprob": -0.1}]}}]},
-    {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "A", "logprob": "-0.1"}]}]}}]},
-    {"choices": [{"logprobs": {"top_logprobs": [{"A": float("nan"), "B": 3, "C": -(10**30)}]}}]},
+    {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "x", "logprob": "-0.1"}]}]}}]},
+    {"choices": [{"logprobs": {"top_logprobs": [{"x": float("nan"), "y": 3, "z": None}]}}]},
     {"choices": [{"logprobs": [1]}]},
 ]
 
@@ -134,6 +164,7 @@ def test_thoughts(style: str) -> None:
         bodies = sorted((body for _, body, _ in server.seen), key=number_of)
         again = reader(server.url, style=style).think(thoughts[:1])
         repeated = server.seen[-1][1]
+    assert all(0 <= body["seed"] < 2**31 for body in bodies)  # as much as servers take
     assert (
         said == [{"text": f"thought {n} ?", "ids": [], "finish": "stop" if n else "length"} for n in range(3)]
         and again == said[:1]
@@ -143,6 +174,12 @@ def test_thoughts(style: str) -> None:
     assert all(body["stop"][-1] == "so :" for body in bodies) and "logprobs" not in bodies[0]
     last = bodies[0]["messages"][-1]["content"] if style == "chat" else bodies[0]["prompt"]
     assert last.endswith("\nstep :" if style == "chat" else "question 0 ?\n\nAssistant: step :")
+
+
+def test_no_more_stop_strings_than_servers_take() -> None:
+    with serving(lambda body: chat_answer({"x": -0.1})) as server:
+        reader(server.url).think([Thought(question(0).messages, "", ("t",), 4, 1.0, tuple("abcdef"))])
+        assert server.seen[0][1]["stop"] == list("abcd")
 
 
 def test_the_same_judge_here_and_behind_http_reads_the_same(known_judge: Any, tokenizer: Tokenizer) -> None:
@@ -159,127 +196,11 @@ def test_the_same_judge_here_and_behind_http_reads_the_same(known_judge: Any, to
     assert here == there and len({reading.logprobs for reading in here}) == 3
 
 
-# Faults.
-
-
-def test_hundreds_of_questions_lose_nothing_and_double_nothing_under_every_fault() -> None:
-    faults = {0: 500, 1: 429, 2: "drop", 3: "cut", 4: "short", 5: 503, 6: (200, {}, '{"error": "busy"}'), 7: 408}
-
-    def fault(body: Body, attempt: int) -> Any:
-        n = number_of(body)
-        return faults.get(n % 16) if attempt <= n % 3 else None
-
-    with serving(numbered, fault) as server:
-        judge = reader(server.url, concurrency=8)
-        readings = judge.read([question(n) for n in range(320)])
-    assert readings == numbered_readings(320)
-    failed = {n: n % 3 + 1 for n in range(320) if n % 16 in faults}
-    assert server.attempts.total() == 320 + sum(failed.values()) and len(server.attempts) == 320
-    assert judge.counts["requests"] == 320
-    assert sum(n for name, n in judge.counts.items() if name.startswith("again: ")) == sum(failed.values())
-    assert judge.counts["again: status 429"] == sum(n for at, n in failed.items() if at % 16 == 1)
-    cut = sum(n for at, n in failed.items() if at % 16 in (3, 4))
-    assert judge.counts["again: an answer that is cut off or no JSON"] == cut
-
-
-def test_as_many_requests_at_a_time_as_are_allowed() -> None:
-    def slow(body: Body) -> Body:
-        time.sleep(0.01)
-        return numbered(body)
-
-    with serving(slow) as server:
-        assert reader(server.url, concurrency=3).read([question(n) for n in range(24)]) == numbered_readings(24)
-        assert server.most_open == 3
-
-
-@pytest.mark.parametrize("fault", ["hang", "drip"])
-def test_a_request_that_takes_too_long_is_made_again(fault: str) -> None:
-    with serving(numbered, lambda body, attempt: fault if attempt == 0 else None) as server:
-        judge = reader(server.url, timeout_seconds=0.5)
-        assert judge.read([question(0)]) == numbered_readings(1)
-    assert judge.counts == {"requests": 1, "again: timed out": 1, "bounded": 0}
-
-
-def test_a_server_that_asks_to_wait_is_left_alone_for_so_long() -> None:
-    planted = (429, {"Retry-After": "1"}, "busy")
-    with serving(numbered, lambda body, attempt: planted if attempt == 0 else None) as server:
-        since = time.monotonic()
-        assert reader(server.url).read([question(0)]) == numbered_readings(1)
-        assert waited(since) >= 1
-    assert _seconds(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
-    assert _seconds("soon") == _seconds("") == _seconds("-5") == 0
-    planted = (503, {"Retry-After": "86400"}, "tomorrow")
-    with serving(numbered, lambda body, attempt: planted) as server:
-        with pytest.raises(ConnectionError, match="asks to wait 86400 s: status 503: tomorrow"):
-            reader(server.url).read([question(0)])
-        assert len(server.seen) == 1
-
-
-def test_pauses_double_and_differ_and_are_the_same_again() -> None:
-    server = Server("http://localhost:1/v1", RemoteConfig(backoff_seconds=0.5))
-    pauses = [[server._pause(number, failed) for failed in range(1, 12)] for number in range(3)]
-    for pause in pauses:
-        assert all(
-            longest / 2 <= p <= longest for p, longest in zip(pause, (0.5, 1, 2, 4, 8, 16, 32, 60), strict=False)
-        )
-        assert pause[-1] <= 60
-    assert len({pause[0] for pause in pauses}) == 3 and pauses[0][0] == server._pause(0, 1)
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 302])
-def test_a_refusal_is_told_at_once(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    planted = (status, {"Location": "/elsewhere"}, json.dumps({"error": {"message": f"no\x1b[2J, {KEY}"}}))
-    with serving(numbered, lambda body, attempt: planted if number_of(body) == 3 else None) as server:
-        with pytest.raises(ConnectionError) as refused:
-            reader(server.url).read([question(n) for n in range(40)])
-        assert sum(number_of(body) == 3 for _, body, _ in server.seen) == 1
-    text = str(refused.value)
-    assert f"{server.url}/chat/completions, request 4 of 40: status {status}: no [2J, [key]" in text
-    assert KEY not in repr(refused.value) and "\x1b" not in text
-    assert {401: "'OPENAI_API_KEY' was sent", 404: "judge_server.model"}.get(status, "") in text
-
-
-def test_a_request_that_fails_every_time_ends_the_call_and_the_others_soon() -> None:
-    def fault(body: Body, attempt: int) -> Any:
-        return 500 if number_of(body) == 2 else "hang" if number_of(body) > 2 else None
-
-    with serving(numbered, fault) as server:
-        since = time.monotonic()
-        with pytest.raises(
-            ConnectionError, match="request 3 of 40: failed 4 times, the last time: status 500: planted"
-        ):
-            reader(server.url, timeout_seconds=4.0).read([question(n) for n in range(40)])
-        assert waited(since) < 2 and server.attempts.total() < 20
-    with pytest.raises(ConnectionError, match="request 1 of 1: failed 4 times, the last time: connection failed"):
-        reader(server.url).read([question(0)])  # nobody listens there now
-
-
-OVERLONG = [
-    (400, '{"error": {"message": "x", "code": "context_length_exceeded"}}'),
-    (400, '{"message": "This model\'s maximum context length is 16 tokens."}'),
-    (400, '{"error": {"type": "exceed_context_size_error", "message": "exceeds the available context size"}}'),
-    (422, '{"error": "`inputs` tokens + `max_new_tokens` must be <= 16"}'),
-]
-
-
-def test_a_question_longer_than_the_context_abstains() -> None:
-    def fault(body: Body, attempt: int) -> Any:
-        status, text = OVERLONG[number_of(body)] if number_of(body) < len(OVERLONG) else (0, "")
-        return (status, {}, text) if status else None
-
-    with serving(numbered, fault) as server:
-        readings = reader(server.url).read([question(n) for n in range(5)])
-        [thought] = reader(server.url).think([Thought(question(0).messages, "", ("t",), 4)])
-    assert readings == [Reading(None, TOO_LONG)] * 4 + numbered_readings(5)[4:]
-    assert thought == {"text": "", "ids": [], "finish": "length"}
-
-
 # Before any work.
 
 
 def test_certificates_are_verified() -> None:
-    line = Server("https://judge.example/v1", RemoteConfig())._line()
+    line = open_line("https://judge.example/v1", 1.0).connection
     assert isinstance(line, http.client.HTTPSConnection)
     context = vars(line)["_context"]
     assert context.verify_mode == ssl.CERT_REQUIRED and context.check_hostname
@@ -293,7 +214,7 @@ def test_of_processes_that_share_out_a_model_one_asks() -> None:
 
 
 def test_the_check_asks_once_and_wants_log_probs() -> None:
-    with serving(lambda body: chat_answer({"The": -0.1})) as server:
+    with serving(lambda body: chat_answer({"A": -0.1})) as server:
         reader(server.url).check()
         assert len(server.seen) == 1
     told = r"'m' at http://127.0.0.1:[0-9]+/v1 gave no log-probs; take a server"
@@ -301,6 +222,22 @@ def test_the_check_asks_once_and_wants_log_probs() -> None:
         reader(server.url).check()
     with pytest.raises(ValueError, match=r"the judge cannot be asked: .*connection failed"):
         reader(server.url, retries=0).check()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            chat_answer({"<think>": -0.1, "The": -5.0}),
+            r"neither letter, .*think before .* judge_server.style than 'chat'",
+        ),
+        (chat_answer({"A": math.nan, "B": -1.0}), "cannot be asked a plain question: a letter's log-prob is no number"),
+        (chat_answer({}, "", "content_filter"), "cannot be asked a plain question: refused by the server's content"),
+    ],
+)
+def test_the_check_refuses_a_server_that_names_no_letter(answer: Body, said: str) -> None:
+    with serving(lambda body: answer) as server, pytest.raises(ValueError, match=said):
+        reader(server.url).check()
 
 
 @pytest.mark.parametrize(
@@ -347,7 +284,7 @@ def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch: pytest.Monke
     assert headers["Authorization"] == f"Bearer {KEY}" and "Authorization" not in without
     assert said[0]["text"] == "it is [key]"
     assert KEY not in f"{judge!r} {judge.hash} {judge.counts} {body} {said}"
-    assert judge.hash == f"{server.url} m (chat)"
+    assert judge.hash == f"{server.url} m (chat, 20 log-probs)"
 
 
 @pytest.mark.parametrize("slash", ["/", "\\/", "\\u002F"])

@@ -16,8 +16,10 @@ from small_run import WORDS, tiny_llama, word_tokenizer, write_lines, write_run
 from bylaw.cli import main
 from bylaw.constitution.schema import Constitution
 from bylaw.inputs import Run
+from bylaw.judges import server_reader
 from bylaw.model.checkpoint import checkpoint_hash, load_model, save_model
 from bylaw.model.engine import Engine
+from bylaw.model.parallel import ALONE
 from bylaw.model.records import Record, read_records
 from bylaw.model.sampler import turn
 from bylaw.model.tokenizer import Tokenizer
@@ -26,7 +28,7 @@ from bylaw.recipe import Recipe, load_recipe
 from bylaw.rlaif.config import LabelConfig, RemoteConfig
 from bylaw.rlaif.judge import Judge
 from bylaw.rlaif.label import label, preferences
-from bylaw.rlaif.reader import LocalReader, Reader
+from bylaw.rlaif.reader import FILTERED, LocalReader, Reader
 
 
 def pair(number: int, a: str, b: str) -> Record:
@@ -43,7 +45,7 @@ def transcribed(judge: Any, tokenizer: Tokenizer) -> Reply:
 
     def reply(body: Body) -> Body:
         if "which rule" not in body["prompt"]:  # the check's question
-            return completion_answer({"so": -0.1})
+            return completion_answer({"A": -0.1})
         a, b = judge._letters(tokenizer.encode(body["prompt"]))
         return completion_answer({" A": a, " B": b, "</s>": math.log(0.5)})
 
@@ -81,6 +83,31 @@ def test_labels_of_a_known_judge_are_equal_here_and_behind_http_also_after_a_kil
         assert one.pop("by")["model"] == "here" and other.pop("by")["model"] == there.hash
         assert one == other
     assert counts["labels"] == 24 and counts["position_bias"] > 0.1
+
+
+def test_one_question_that_a_content_filter_refuses_does_not_hold_up_the_labels(
+    known_judge: Any, tokenizer: Tokenizer, constitution: Constitution, tmp_path: Path
+) -> None:
+    def fault(body: Body, attempt: int) -> Any:
+        said = {"error": {"message": "triggered our content management policy", "code": "content_filter"}}
+        return (400, {}, json.dumps(said)) if "w7 w0" in body["prompt"] else None
+
+    with serving(transcribed(known_judge, tokenizer), fault) as server:
+        there = reader(server.url, style="completions")
+        judge = Judge(reader=there, constitution=constitution, config=LabelConfig(pairs_per_chunk=5), seed=5)
+        counts = label(judge, PAIRS, tmp_path / "there.jsonl")
+    assert counts["labels"] == 23 and counts["abstained"] == {FILTERED: 1}
+    assert read_records(tmp_path / "there.jsonl")[7]["abstained"] == FILTERED
+
+
+def test_labels_of_a_server_that_lists_one_letter_say_that_they_are_bounds(
+    constitution: Constitution, tmp_path: Path
+) -> None:
+    with serving(lambda body: chat_answer({"A": -0.1, "x": -3.0})) as server:
+        judge = Judge(reader=reader(server.url), constitution=constitution, config=LabelConfig(), seed=5)
+        label(judge, PAIRS[:1], tmp_path / "there.jsonl")
+    [one] = read_records(tmp_path / "there.jsonl")[0]["labels"]
+    assert one["a_first"]["bounded"] is one["b_first"]["bounded"] is True
 
 
 # Recipes.
@@ -122,7 +149,7 @@ def test_a_recipe_with_a_judge_behind_http(tmp_path: Path, monkeypatch: pytest.M
         run_pipeline(remote, ("label",))
     assert [one["p_a"] for one in there] == pytest.approx([one["p_a"] for one in here], abs=1e-6)
     assert len({one["p_a"] for one in there}) > 3
-    assert manifest["inputs"]["judge"] == there[0]["by"]["model"] == f"{server.url} m (completions)"
+    assert manifest["inputs"]["judge"] == there[0]["by"]["model"] == f"{server.url} m (completions, 20 log-probs)"
     assert manifest["counts"]["server"]["requests"] == 15  # one of them the check's
     run_pipeline(remote, ("label",))  # done, so that nobody asks the server, which is gone
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -132,6 +159,25 @@ def test_a_recipe_with_a_judge_behind_http(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"stage label: the judge cannot be asked: .*connection failed"):
         run_pipeline(remote, ("label",))
     assert not (recipe.out / "label").exists()
+
+
+def test_of_ranks_that_share_out_matrices_the_first_asks(tmp_path: Path) -> None:
+    remote = dataclasses.replace(small_run(tmp_path), judge="http://localhost:1/v1", judge_server=RemoteConfig(**QUICK))
+    ranks = [dataclasses.replace(ALONE, tensor_rank=rank, tensor_ranks=2) for rank in (0, 1)]
+    assert [server_reader(Run(remote, rank)).asks for rank in ranks] == [True, False]
+
+
+def test_other_examples_are_other_labels(tmp_path: Path) -> None:
+    recipe = small_run(tmp_path)
+    shown = """[[comparison]]\nprompt = "how ?"\nprinciple = "kind"\na = "please"\nb = "rude"\nbetter = "a"
+reasons = "{a}"\n"""
+    (tmp_path / "small.examples.toml").write_text(shown)
+    recipe = dataclasses.replace(recipe, label=dataclasses.replace(recipe.label, shots=1, min_option_mass=0.0))
+    manifest = run_pipeline(recipe, ("label",))["label"]
+    assert manifest["inputs"]["examples"] == Run(recipe).examples.hash
+    (tmp_path / "small.examples.toml").write_text(shown.replace("please", "yes"))
+    with pytest.raises(ValueError, match=r"label was begun by another recipe: inputs.examples is"):
+        run_pipeline(recipe, ("label",))
 
 
 def test_the_servers_judge_of_a_run_on_questions_whose_answers_are_known(

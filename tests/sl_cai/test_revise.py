@@ -158,10 +158,11 @@ def test_what_was_said_goes_on_as_the_ids_that_were_drawn(
     """
     reviser, engine = make_reviser(prompts_per_chunk=1)
     [unknown] = tokenizer.encode("<unk>")
-    engine.replies = [[unknown, *tokenizer.encode("w2 w3")], [0], [unknown, unknown, 0], [0], tokenizer.encode("w4")]
+    revised = [unknown, *tokenizer.encode("w5"), unknown, 0]
+    engine.replies = [[unknown, *tokenizer.encode("w2 w3")], [0], revised, [0], tokenizer.encode("w4")]
     revise(reviser, PROMPTS[:1], tmp_path / "chains.jsonl")
     first, critique, revision, again, last = ([*request.prompt] for request in engine.asked)
-    answer, said, revised, said_again, _ = engine.replies
+    answer, said, _, said_again, _ = engine.replies
     for later, earlier, ids in (
         (critique, first, answer), (revision, critique, said), (again, first, revised), (last, again, said_again)
     ):  # fmt: skip
@@ -275,6 +276,30 @@ def cuts(whole: bytes, stride: int) -> list[int]:
     ends = [n + 1 for n, byte in enumerate(whole) if byte == 10]
     near = {end + shift for end in ends for shift in (-2, -1, 0, 1)}
     return sorted(place for place in near | set(range(0, len(whole), stride)) if 0 <= place <= len(whole))
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_an_empty_revision_is_kept_and_the_next_round_goes_on_from_the_last_text(
+    make_reviser: MakeReviser, tokenizer: Tokenizer, guards: bool, tmp_path: Path
+) -> None:
+    reviser, engine = make_reviser(rounds=3, guards=guards)
+    say = tokenizer.encode
+    engine.replies = [
+        [*say("w11"), 0],
+        [*say("w12"), 0],
+        [0],
+        [*say("w13"), 0],
+        [*say("w14"), 0],
+        [*say("w15"), 0],
+        [0],
+    ]
+    revise(reviser, PROMPTS[:1], tmp_path / "chains.jsonl")
+    [chain] = read_records(tmp_path / "chains.jsonl")
+    assert [step["revision"]["text"] for step in chain["rounds"]] == ["", "w14", ""]
+    assert chain["rounds"][0]["revision"].get("marks") == (["empty"] if guards else None)
+    shown = [tokenizer.decode(list(request.prompt)).split() for request in engine.asked]
+    assert all("w11" in words for words in shown[1:5]) and not any("w11" in words for words in shown[5:])
+    assert all("w14" in words for words in shown[5:])
 
 
 def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(make_reviser: MakeReviser, tmp_path: Path) -> None:
