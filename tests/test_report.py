@@ -89,9 +89,10 @@ PREFERENCES = [
         "p-0",
         "yes .",
         "no .",
-        reading(KIND, 0.8, 0.3) | {"unclamped": 0.91, "thoughts": THOUGHTS},
+        reading(KIND, 0.8, 0.3) | {"thoughts": THOUGHTS},
         reading(CARE, 0.2, 0.9),
-    ),
+    )
+    | {"unclamped": 0.91},
     preference("p-1", HOSTILE, "no .", reading(CARE, 0.9, 0.2)),
 ]
 SUMMARY = {
@@ -173,7 +174,7 @@ def test_a_reader_finds_everything(page: str) -> None:
         "the answer hurts .", "answered 3 requests", "bylaw trace 'my run'", "p-0#0", "Kindness against",
         "calibration error 0.05", "From 1 to 0.25. Lower", "Before (base)", "After revisions (SL-CAI)",
         "Final (RL-CAI)", "Before: the model as it came",
-        "1 min 30 s", "let me think of it .", "(91.0 % before the clamp)", "prefix", "Sure : i will not help .",
+        "1 min 30 s", "let me think of it .", "(91.0 % for A before the clamp)", "prefix", "Sure : i will not help .",
         "2026-01-02T03:04:05Z",
         "Of 250 judgements by one principle each, whose right answer is known, 89.0 % are right",
         "“theft” were taken out as a trial, 12.5 % of 8 labels changed sides",

@@ -42,7 +42,7 @@ SIDES = ("a_first", "b_first")
 _UNREAD = {"principle": PRINCIPLE, "weight": NUMBER, "abstained": str, "thoughts?": {"*": [TEXT]}}
 _UNREAD |= optional({"mass": NUMBER, "p_first": SHARE}, *SIDES)
 _UNREAD |= optional([optional(NUMBER, "mass")], *(f"{side}_each" for side in SIDES))
-_READ = _UNREAD | {"p_a": SHARE, "unclamped?": SHARE}
+_READ = _UNREAD | {"p_a": SHARE}
 _LETTERED = _READ | {"position_bias": NUMBER}
 
 
@@ -55,7 +55,7 @@ def _reading(value: Any) -> Any:
 
 _UNLABELLED = {"id": str, "prompt": PROMPT, "a": TEXT, "b": TEXT, "abstained": str, "by": {"constitution?": str}}
 _UNLABELLED |= {"labels?": [_reading]}
-_LABELLED = _UNLABELLED | {"p_a": SHARE}
+_LABELLED = _UNLABELLED | {"p_a": SHARE, "unclamped?": SHARE}
 
 
 def LABEL(value: Any) -> Any:
