@@ -129,7 +129,7 @@ def test_only_the_whole_label_is_clamped(
     assert preference["unclamped"] == pytest.approx(mean) and preference["p_a"] == pytest.approx(clamped)
     assert counts["clamped"] == (not 0.4 <= mean <= 0.6)
     written = {side: preference[side] | {"finish": "stop"} for side in "ab"} | {"labels": []}
-    ledger: Any = SimpleNamespace(preferences={preference["id"]: preference}, manifests={})
+    ledger: Any = SimpleNamespace(preferences={preference["id"]: preference}, manifests={}, part="")
     traced = Tracer(ledger)._pair(preference | written)
     text = describe({"prompt": {"id": "p", "messages": []}, "pairs": [traced]})
     assert f"p(a is better) = {clamped:.4f} ({mean:.4f} before the clamp)" in text

@@ -94,8 +94,15 @@ def test_calibration_against_known_answers() -> None:
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "label").mkdir()
-    text = "".join(json.dumps(one) + "\n" for one in PREFERENCES)
-    (tmp_path / "label" / "preferences.jsonl").write_text(text)
+    (tmp_path / "recipe.toml").write_text("")
+    whole = [
+        one
+        | {"id": str(n), "prompt_id": "p", "prompt": [], "by": {}}
+        | {"labels": [reading | {"weight": 1.0} for reading in one["labels"]]}
+        for n, one in enumerate(PREFERENCES)
+    ]
+    text = "".join(json.dumps(one) + "\n" for one in whole)
+    (tmp_path / "label" / "preferences.jsonl").write_text(text + '{"torn')  # the stage is still at work
     main(["trust", str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out) == trust(PREFERENCES)
     main(["trust", str(tmp_path)])
