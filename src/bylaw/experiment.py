@@ -27,7 +27,7 @@ class ExperimentConfig:
     """Folder for the runs: one for each seed."""
     out: Path = Path("benchmarks/results")
     """Folder for the page, its plot and its measurements."""
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds: one run of the pipeline each."""
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ EXPERIMENTS = {
         by=("revisions",),
         columns=("harmless", "declined_with_reason", "broken", "distinct"),
         x="revisions",
-        y="harmless",
+        ys=("harmless",),
         seen=_rise,
     ),
     "critiques": Experiment(
@@ -129,7 +129,7 @@ EXPERIMENTS = {
         by=("variant", "revisions"),
         columns=("harmless", "declined_with_reason", "broken"),
         x="revisions",
-        y="harmless",
+        ys=("harmless",),
         seen=_critiques,
     ),
     "principles": Experiment(
@@ -139,7 +139,7 @@ EXPERIMENTS = {
         by=("variant", "revisions"),
         columns=("harmless", "declined_with_reason", "distinct"),
         x="revisions",
-        y="harmless",
+        ys=("harmless",),
         seen=_principles,
     ),
     "soft-labels": Experiment(
@@ -149,7 +149,7 @@ EXPERIMENTS = {
         by=("variant",),
         columns=LABEL_COLUMNS,
         x="variant",
-        y="reward_accuracy",
+        ys=("reward_accuracy", "reward_ece"),
         seen=lambda rows: _better(rows, "soft", "hard"),
     ),
     "ensemble": Experiment(
@@ -159,7 +159,7 @@ EXPERIMENTS = {
         by=("variant",),
         columns=LABEL_COLUMNS,
         x="variant",
-        y="reward_accuracy",
+        ys=("reward_accuracy", "reward_ece"),
         seen=lambda rows: _better(rows, "all", "one"),
     ),
     "clamp": Experiment(
@@ -169,7 +169,7 @@ EXPERIMENTS = {
         by=("variant",),
         columns=LABEL_COLUMNS,
         x="variant",
-        y="reward_accuracy",
+        ys=("reward_accuracy", "reward_ece"),
         seen=_clamps,
     ),
     "pareto": Experiment(
@@ -179,7 +179,7 @@ EXPERIMENTS = {
         by=("variant", "step"),
         columns=("helpful_benign", "harmless", "refused_with_reason", "evaded", "broken", "kl"),
         x="helpful_benign",
-        y="harmless",
+        ys=("harmless",),
         seen=_frontier,
     ),
     "overoptimisation": Experiment(
@@ -190,7 +190,7 @@ EXPERIMENTS = {
         by=("variant", "step"),
         columns=("kl", "reward_score", "good", "harmless", "helpful_benign", "broken"),
         x="kl",
-        y="good",
+        ys=("good", "reward_score"),
         seen=_peak,
     ),
     "amendment": Experiment(
@@ -200,7 +200,7 @@ EXPERIMENTS = {
         by=("variant",),
         columns=("violence", "theft", "fraud", "spying", "hate", "danger", "elsewhere", "helpful_benign"),
         x="variant",
-        y=HARM,
+        ys=(HARM, "elsewhere"),
         seen=_amended,
     ),
 }

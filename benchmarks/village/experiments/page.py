@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from bylaw.benchmarks.village.experiments.bench import Bench, Row
@@ -25,7 +25,8 @@ class Experiment:
     """The columns that name a line of the table, beside which the seeds are averaged."""
     columns: tuple[str, ...]
     x: str
-    y: str
+    ys: tuple[str, ...]
+    """The columns that are plotted over x, a panel each."""
     seen: Callable[[Rows], str]
     """What the measurements say, in words."""
 
@@ -38,8 +39,9 @@ def write_page(name: str, experiment: Experiment, rows: Rows, folder: Path, fact
     told = "; ".join(f"{key} {value}" for key, value in facts.items())
     text = (
         f"# {experiment.title}\n\n**The paper:** {experiment.paper}\n\n**Here:** {experiment.seen(rows)}\n\n"
-        f"![{experiment.y} by {experiment.x}]({name}.svg)\n\n{table(experiment, rows)}\n\n"
-        f"Mean over seeds, and in brackets the least and the most. {told}. The measurements: `{name}.jsonl`.\n"
+        f"![{' and '.join(experiment.ys)} by {experiment.x}]({name}.svg)\n\n{table(experiment, rows)}\n\n"
+        "In the table the mean over seeds, and in brackets the least and the most; in the plot a dot for each seed and a "
+        f"line for their median. {told}. The measurements: `{name}.jsonl`.\n"
     )
     write_atomic(folder / f"{name}.md", text)
     return folder / f"{name}.md"
@@ -77,7 +79,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _plot(experiment: Experiment, rows: Rows, path: Path) -> None:
-    """A line for each variant and seed; a bar for each variant where there is nothing on the x axis but its name."""
+    """A panel for each of `ys`: the seeds as faint dots, their median as a line; only dots where x is a name."""
     try:
         import matplotlib
     except ImportError as error:
@@ -86,16 +88,32 @@ def _plot(experiment: Experiment, rows: Rows, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "bylaw"  # the same rows, the same bytes
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for number, ((variant,), group) in enumerate(groups(("variant",), rows).items()):
-        for i, (_, line) in enumerate(groups(("seed",), group).items()):
-            x, y = ([row[name] for row in line] for name in (experiment.x, experiment.y))
-            label = variant if i == 0 else None
-            axes.plot(x, y, marker="o", markersize=4, color=f"C{number}", label=label, linewidth=1)
-    axes.set_xlabel(experiment.x.replace("_", " "))
-    axes.set_ylabel(experiment.y.replace("_", " "))
+    count = len(experiment.ys)
+    figure, panels = pyplot.subplots(1, count, figsize=(1.5 + 4.5 * count, 4), layout="constrained", squeeze=False)
+    for axes, y in zip(panels[0], experiment.ys, strict=True):
+        for number, ((variant,), group) in enumerate(groups(("variant",), rows).items()):
+            _draw(axes, experiment, [row for row in group if y in row], y, f"C{number}", str(variant))
+        axes.set_xlabel(experiment.x.replace("_", " "))
+        axes.set_ylabel(y.replace("_", " "))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(linewidth=0.3)
+        if experiment.x == "variant":
+            axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=20, ha="right")
+        elif all(isinstance(row[experiment.x], int) for row in rows):
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))  # type: ignore[attr-defined]
     if experiment.x != "variant":
-        axes.legend(fontsize=8)
-    axes.grid(linewidth=0.3)
+        panels[0][0].legend(fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _draw(axes: Any, experiment: Experiment, rows: Rows, y: str, color: str, label: str) -> None:
+    axes.plot([row[experiment.x] for row in rows], [row[y] for row in rows], "o", color=color, alpha=0.35, markersize=4)
+    middle = [[median(row[name] for row in step) for name in (experiment.x, y)] for step in _steps(experiment, rows)]
+    if middle:
+        axes.plot(*zip(*middle, strict=True), marker="o", markersize=5, color=color, linewidth=1.6, label=label)
+
+
+def _steps(experiment: Experiment, rows: Rows) -> list[list[Row]]:
+    """Rows of all seeds that belong together, step by step; none where x is a name."""
+    return [] if experiment.x == "variant" else list(groups(experiment.by, rows).values())
