@@ -57,9 +57,10 @@ def split_pairs(
     counts = {"train_pairs": len(sides[0]), "heldout_pairs": len(sides[1])} | counts
     if not sides[0] or not sides[1]:
         raise ValueError(
-            f"training on preferences needs labelled pairs on both sides of heldout_fraction = {heldout_fraction}; "
-            f"there are {counts}. Give it more prompts, look at why labels abstained in preferences.jsonl, or take a "
-            f"model whose context is longer than {context} tokens"
+            f"training on preferences needs labelled pairs on both sides of heldout_fraction = {heldout_fraction}, and "
+            f"of {len(preferences)} there are {len(sides[0])} to train on and {len(sides[1])} held out "
+            f"({counts['abstained']} abstained, {counts['over_context']} longer than the model's context of {context} "
+            "tokens). Give it more prompts; `bylaw trust` says why labels abstain"
         )
     return *sides, counts
 

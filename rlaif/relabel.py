@@ -81,11 +81,11 @@ def flips(before: Sequence[Record], after: Sequence[Record]) -> list[dict[str, A
 
 
 def moved(before: Sequence[Record], after: Sequence[Record]) -> list[dict[str, Any]]:
-    """The labels that flipped or moved by MOVED or more, the furthest first, as `flips` has them: most labels lie near
-    a half, where one crosses it by a hair and another moves far on its own side.
+    """The labels that flipped by more than a tie or moved by MOVED or more, the furthest first, as `flips` has them:
+    most labels lie near a half, where one crosses it by a hair and another moves far on its own side.
     """
     pairs = zip(before, after, strict=True)
-    found = [_flip(old, new) for old, new in pairs if side(old["p_a"]) != side(new["p_a"]) or _move(old, new) >= MOVED]
+    found = [_flip(old, new) for old, new in pairs if _flips_firmly(old, new) or _move(old, new) >= MOVED]
     return sorted(found, key=lambda one: _move(one["before"], one["after"]), reverse=True)
 
 

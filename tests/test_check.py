@@ -150,6 +150,15 @@ def test_records_that_do_not_hold_together_are_told(
     assert not any("SHA256SUMS" in one or "manifest" in one for one in problems)
 
 
+@pytest.mark.parametrize("name", ["revise/chains.jsonl", "revise/helpful.jsonl", "ppo/rollouts.jsonl"])
+def test_a_record_that_stands_there_twice_is_told(run: Path, name: str) -> None:
+    path = run / name
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[1]]))
+    forge(run)
+    assert [one for one in check(run).problems if f"{name}:{len(lines) + 1}: the same record as line 2" in one]
+
+
 def test_a_line_that_is_no_record_is_told_and_many_alike_are_counted(run: Path) -> None:
     path = run / "ppo" / "rollouts.jsonl"
     path.write_text("\n".join(["{", *path.read_text().splitlines()[1:-8], *["nan"] * 8]))

@@ -69,7 +69,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_small(tmp_path_factory.mktemp("two"))
     done = torchrun("-m", "bylaw", "run", recipe)
     assert done.returncode == 0, done.stderr
-    heads = [line.split(": {")[0] for line in done.stdout.splitlines()]
+    heads = [line.split(": ")[0] for line in done.stdout.splitlines()]
     assert [head for head in heads if head in STAGES] == list(STAGES)  # the first rank alone speaks
     return recipe.parent / "out"
 

@@ -23,6 +23,7 @@ from bylaw.inputs import Run
 from bylaw.judges import judge_reader
 from bylaw.layout import AMENDMENT, AMENDMENTS
 from bylaw.ledger import Ledger
+from bylaw.lock import only_one
 from bylaw.model.records import Record, encode_record, read_object, read_records, sha256_file, write_atomic
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import EVERY_STAGE, AmendConfig, Recipe, asked_at
@@ -32,6 +33,7 @@ from bylaw.rlaif.trust import TIE
 from bylaw.runs import is_begun
 from bylaw.sl_cai.revise import drawn_principle
 from bylaw.sums import write_sums
+from bylaw.told import next_commands
 from bylaw.trace_text import visible
 
 SHOWN = 10
@@ -54,6 +56,21 @@ def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
         raise ValueError("the amendment reaches no prompt and no draw: there is nothing to make again")
     before, after = _judges(recipes)
     check_relabel(before, after, labelled)
+    with only_one(folder):
+        facts, shown = _relabelled(ledger, changes, before, after, labelled, first)
+    there = folder / AMENDMENTS / amended.hash
+    print(json.dumps(facts, indent=2) if config.json else visible(describe(changes, facts, shown, there)))
+    if config.out:
+        _remake(recipes[1], config.out, there, ledger.constitution_path(amended.hash), first)
+        print(f"The run by the amended constitution: {config.out}. {next_commands(config.out)}")
+    return facts
+
+
+def _relabelled(
+    ledger: Ledger, changes: Diff, before: Judge, after: Judge, labelled: Sequence[Record], first: str | None
+) -> tuple[dict[str, Any], list[Record]]:
+    """Write the amendment's folder; its facts, and the labels that flipped or moved."""
+    folder, amended = ledger.run, changes.new
     there = folder / AMENDMENTS / amended.hash
     shown = {"examples": after.examples.hash} if after.config.shots else {}
     _begin(there, {"labels": sha256_file(folder / "label" / PREFERENCES)} | shown)
@@ -65,11 +82,7 @@ def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     facts |= _tell(ledger, changes, labelled, there)
     write_atomic(there / AMENDMENT, json.dumps(facts, indent=2) + "\n")
     write_sums(folder, f"{AMENDMENTS}/{amended.hash}", f"constitutions/{kept.name}")
-    shown_first = moved(labelled, read_records(there / PREFERENCES))
-    print(json.dumps(facts, indent=2) if config.json else visible(describe(changes, facts, shown_first, there)))
-    if config.out:
-        _remake(recipes[1], config.out, there, kept, first)
-    return facts
+    return facts, moved(labelled, read_records(there / PREFERENCES))
 
 
 def first_stage(changes: Diff, recipe: Recipe, other_examples: Collection[Stage] = ()) -> str | None:
@@ -85,7 +98,9 @@ def first_stage(changes: Diff, recipe: Recipe, other_examples: Collection[Stage]
 
 
 def describe(changes: Diff, facts: dict[str, Any], shown: Sequence[Record], there: Path) -> str:
-    """As a person reads it: the change, what it reaches, and the labels that flipped or moved, the furthest first."""
+    """As a person reads it: the change, what it reaches, and the labels that flipped by more than a tie, or moved, the
+    furthest first.
+    """
     chains, change = facts["chains"], facts["mean_change"]
     lines = [
         describe_diff(changes),

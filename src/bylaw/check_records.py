@@ -25,6 +25,7 @@ def check_records(ledger: Ledger) -> tuple[list[str], int]:
             pairs = _pairs_beside(ledger, name)
             for number, record in records:
                 found += [f"{name}:{number}: {what}" for what in _wrong(ledger, name, record, pairs, prompts)]
+            found += _doubled(name, records)
             problems += found[:TOLD] + ([f"{name}: and {len(found) - TOLD} more such"] if len(found) > TOLD else [])
     return problems, count
 
@@ -39,6 +40,19 @@ def _parsed(run: Path, name: str, found: list[str]) -> list[tuple[int, Record]]:
         if not line.endswith(b"\n"):
             found.append(f"{name}:{number}: the last line has no end")
     return records
+
+
+def _doubled(name: str, records: list[tuple[int, Record]]) -> Iterator[str]:
+    """Records of one thing that stand there twice, as two processes leave them that append to one file."""
+    first: dict[tuple[Any, ...], int] = {}
+    for number, record in records:
+        key = tuple(record.get(part) for part in ("id", "sample", "iteration", "place"))
+        if PurePosixPath(name).stem in _NAMED and first.setdefault(key, number) != number:
+            named = ", ".join(str(part) for part in key if part is not None)
+            yield f"{name}:{number}: the same record as line {first[key]} ({named})"
+
+
+_NAMED = ("chains", "helpful", "pairs", "preferences", "rollouts", "answers")
 
 
 def _wrong(

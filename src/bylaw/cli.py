@@ -67,10 +67,11 @@ def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
         else:
             recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)
     from bylaw.pipeline import run_pipeline  # torch: only once the help and the mistakes are out of the way
+    from bylaw.told import next_commands
 
-    for name, manifest in run_pipeline(recipe, names or recipe.stages).items():
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: {manifest['counts']} in {manifest['seconds']} s")
+    run_pipeline(recipe, names or recipe.stages)
+    if os.environ.get("RANK", "0") == "0" and not names:
+        print(next_commands(recipe.out))
 
 
 def _stage_command(names: Sequence[str], command: str, summary: str) -> Callable[[list[str]], None]:

@@ -12,6 +12,7 @@ from bylaw.constitution.asked import stage_hash
 from bylaw.constitution.examples import Examples, beside, load_examples
 from bylaw.constitution.load import load_constitution
 from bylaw.constitution.schema import Constitution
+from bylaw.layout import MANIFEST
 from bylaw.model.checkpoint import checkpoint_hash, load_model, load_reward
 from bylaw.model.data import Prompt, read_prompts
 from bylaw.model.engine import Engine
@@ -29,6 +30,8 @@ from bylaw.rlaif.reader import LocalReader, Reader
 from bylaw.runs import Stage, run_stage
 from bylaw.sl_cai.revise import Reviser
 from bylaw.together import by_first
+from bylaw.told import stage_line
+from bylaw.trace_text import visible
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,11 @@ class Run:
         return Stage(name=name, folder=folder, inputs=inputs, config=config, seed=recipe.seed, device=self.device)
 
     def stage(self, name: str, inputs: dict[str, str], work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        return run_stage(self.terms(name, inputs), work, self.parallel)
+        done = (self.recipe.out / name / MANIFEST).exists()
+        manifest = run_stage(self.terms(name, inputs), work, self.parallel)
+        if self.parallel.first and not done:  # else `run_stage` has said that it was done before
+            print(visible(stage_line(manifest)), flush=True)
+        return manifest
 
     def path(self, *parts: str) -> Path:
         """A file or checkpoint that an earlier stage has made. Raises FileNotFoundError naming the stage to run

@@ -18,6 +18,7 @@ from bylaw.constitution.load import decode
 from bylaw.constitution.write import dump_constitution
 from bylaw.inputs import Run, device_of
 from bylaw.judges import judge_hash, judge_reader, server_figures
+from bylaw.lock import only_one
 from bylaw.model.checkpoint import check_model, load_scalar, save_model, save_reward
 from bylaw.model.engine import Engine
 from bylaw.model.engine.stats import Stats
@@ -51,7 +52,8 @@ def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, di
     """Run `stages` in order; returns their manifests. Inputs are checked before any long work; finished stages are
     skipped. The processes of a torchrun program work together, each calling this.
 
-    Raises ValueError and FileNotFoundError as the inputs demand; of many processes the first does, and the others leave
+    Raises ValueError and FileNotFoundError as the inputs demand, and ValueError where another process works in the
+    folder; of many processes the first does, and the others leave
     with exit code 2.
     """
     with ExitStack() as program:
@@ -60,14 +62,15 @@ def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, di
             patience = timedelta(minutes=recipe.timeout_minutes)
             place = parallel_program(device_of(recipe), recipe.tensor_parallel, patience)
             run = Run(recipe, program.enter_context(place))
-        by_first(run.parallel, lambda: _begin(run, stages))
+        by_first(run.parallel, lambda: _begin(run, stages, program))
         if torch.device(run.device).index is not None:  # kernels start on the current device, whatever their tensors
             torch.cuda.set_device(run.device)
         return {name: _RUNNERS[name](run) for name in stages}
 
 
-def _begin(run: Run, stages: Sequence[str]) -> None:
+def _begin(run: Run, stages: Sequence[str], program: ExitStack) -> None:
     check_run(run, stages)
+    program.enter_context(only_one(run.recipe.out))
     out, used = run.recipe.out, f"constitutions/{run.constitution.hash}.toml"
     if not (out / used).exists():  # else an equal one: one that differs where no prompt shows it may stand there
         write_atomic(out / used, dump_constitution(run.constitution))

@@ -40,8 +40,8 @@ def write_page(name: str, experiment: Experiment, rows: Rows, folder: Path, fact
     text = (
         f"# {experiment.title}\n\n**The paper:** {experiment.paper}\n\n**Here:** {experiment.seen(rows)}\n\n"
         f"![{' and '.join(experiment.ys)} by {experiment.x}]({name}.svg)\n\n{table(experiment, rows)}\n\n"
-        "In the table the mean over seeds, and in brackets the least and the most; in the plot a dot for each seed and a "
-        f"line for their median. {told}. The measurements: `{name}.jsonl`.\n"
+        "In the table the mean over seeds, and in brackets the least and the most; in the plot a dot for each seed "
+        f"and a line for their median. {told}. The measurements: `{name}.jsonl`.\n"
     )
     write_atomic(folder / f"{name}.md", text)
     return folder / f"{name}.md"
