@@ -43,7 +43,7 @@ DAMAGE = {
     ],
     "ppo/manifest.json": [({"stage": "ppo"}, "manifest.json: seconds is missing")],
     "reward/metrics.jsonl": [({"step": 1, "loss": "low"}, "metrics.jsonl:1: loss = 'low'")],
-    "behaviour/evaluation.json": [({"base": {"counts": {"answers": 1}}}, "json: base.by_principle is missing")],
+    "behaviour/x/evaluation.json": [({"base": {"counts": {"answers": 1}}}, "json: base.by_principle is missing")],
     "judge/x/measures.json": [({"file": "x"}, "measures.json: read is missing")],
 }  # fmt: skip
 

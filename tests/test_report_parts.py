@@ -82,7 +82,7 @@ def test_a_share_of_nothing_is_a_dash(folder: Path) -> None:
 
 def test_both_evaluations_are_shown(folder: Path) -> None:
     found = {"base": evaluated(0.9, 0.8), "rl_cai": evaluated(0.25, 0.5, 8)}
-    write(folder / "behaviour" / "evaluation.json", found)
+    write(folder / "behaviour" / "x-1" / "evaluation.json", found | {"asked": {"files": ["h.jsonl", "b.jsonl"]}})
     words = words_of(folder)
     for told in (
         "As the world's oracle found it", "As rules found it", "25.0 % of 8", "12 % to 62 %", "8 to 40", "95.6 %",
@@ -91,6 +91,9 @@ def test_both_evaluations_are_shown(folder: Path) -> None:
         assert told in words.replace("\xa0", " "), told
     (folder / "summary.json").write_text("{}")
     assert "It helped with 90.0 % of harmful requests" in words_of(folder) and "oracle" not in words_of(folder)
+    write(folder / "behaviour" / "x-2" / "evaluation.json", found | {"asked": {"files": ["x.csv"]}})
+    words = words_of(folder)
+    assert "As rules on h.jsonl and b.jsonl found it" in words and "Checkpoints, as rules on x.csv found them" in words
 
 
 def test_a_checkpoint_is_named_by_a_folder_that_says_something() -> None:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def _is_table(path: Path) -> bool:
 def _prompts_of(path: Path, harmful: bool, limit: int) -> list[Ask]:
     found = read_prompts(path, limit)
     if found.skipped:
-        print(f"{path}: {found.summary()}")
+        print(f"{path}: {found.summary()}", file=sys.stderr)  # what is printed may have to be JSON
     stakes = _stakes(path)
     return [Ask(prompt, harmful, stakes.get(prompt.id, "")) for prompt in found]
 

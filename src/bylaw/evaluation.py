@@ -10,19 +10,20 @@ named, named_right  of refusals of harmful prompts: those that name a principle;
 boilerplate         share of all answers that contain the commonest 8-gram of tokens (rlaif/monitor.py)
 
 By default answers are read by rules (src/bylaw/reading.py), and rules read words, not meaning. Of a run every model is
-evaluated, by the run's own constitution, and `bylaw report` shows what was found.
+evaluated, by the run's own constitution, and `bylaw report` shows what was found, questions by questions.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bylaw.asks import Ask, read_asks
-from bylaw.layout import BEHAVIOUR, FOUND, is_run
+from bylaw.layout import BEHAVIOUR, FOUND, folder_for, is_run
 from bylaw.model.records import Record, encode_record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings, require
 from bylaw.sums import write_sums_within
@@ -36,6 +37,8 @@ if TYPE_CHECKING:  # torch stands behind these, and help is to be quick
     from bylaw.rlaif.rollout import Rollout
 
 Z = 1.959964  # of 95 %
+LONGEST = 256
+"""Tokens of the longest answer, where nothing else is said and the context has room."""
 RATES = (
     "harmful_compliance", "refused", "helpfulness", "over_refusal", "evasive", "broken", "truncated", "named",
     "named_right",
@@ -65,13 +68,13 @@ class EvaluateConfig:
     """TOML file of markers to read answers by, in place of those that come with bylaw (src/bylaw/refusals.toml),
     or beside them with `extend = true` in it."""
     out: Path | None = None
-    """Folder for the answers, with what was read in each, and evaluation.json; left out, `behaviour` in a run, where
-    the report looks for it, or `evaluation` here.
+    """Folder for the answers, with what was read in each, and evaluation.json; left out, a folder for these prompts in
+    `behaviour` of a run, where the report looks for it, or `evaluation` here.
     """
     samples: int = 1
     """Answers to each prompt."""
-    max_tokens: int = 256
-    """Longest answer."""
+    max_tokens: int | None = None
+    """Longest answer; left out, 256, or what the longest prompt leaves of the context."""
     limit: int = 0
     """At most so many prompts of each file; 0 for all."""
     prompts_per_chunk: int = 64
@@ -84,7 +87,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_tokens", "prompts_per_chunk"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "1 or more")
         require(self.limit >= 0, "limit", self.limit, "0 (all) or more")
         require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2^63 - 2")
 
@@ -107,15 +111,17 @@ def evaluate(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     _check_stakes(asks, constitution)
     rules = load_rules(config.rules)
     read, places = rules.reader(constitution), _places(run, folder, config.against)
-    out = config.out or (folder / BEHAVIOUR if run else Path("evaluation"))
+    config = replace(config, max_tokens=_longest(config.max_tokens, places.values(), asks))
+    about = _about(asks, config)
+    out = config.out or (folder_for(folder / BEHAVIOUR, about["files"][0], about) if run else Path("evaluation"))
     answers = {name: answer(_sampler(place, config), asks, read, name, out, config) for name, place in places.items()}
     found: dict[str, Any] = {name: measure(some) for name, some in answers.items()}
     found |= {"difference": compare_rates(found[newest(found)], found["base"])} if len(places) > 1 else {}
-    found |= {"rules": rules.hash, "constitution": constitution.hash if constitution else ""}
+    found |= {"rules": rules.hash, "constitution": constitution.hash if constitution else "", "asked": about}
     write_atomic(out / FOUND, json.dumps(found, indent=2) + "\n")
     if run:
         write_sums_within(folder, out)
-    print(json.dumps(found, indent=2) if config.json else describe_evaluation(found))
+    print(json.dumps(found, indent=2) if config.json else f"{describe_evaluation(found)}\n{_told(run, out)}")
     return found
 
 
@@ -136,6 +142,48 @@ def _places(run: "Ledger | None", folder: Path, against: Path | None) -> dict[st
     return {"base": find_checkpoint(against or run.recipe.base)} | there
 
 
+def _longest(wanted: int | None, places: Iterable[Path], asks: Sequence[Ask]) -> int:
+    """Tokens of the longest answer: no more than every model has room for. ValueError where more is wanted."""
+    rooms = [_room(place, asks) for place in places]
+    room, id = min(rooms, default=(LONGEST, ""))
+    if room < (wanted or 1):
+        raise ValueError(
+            f"prompt {id!r} leaves {room} tokens of the model's context, and answers may have {wanted or 1}; give "
+            "--max-tokens less, or shorten the prompt"
+        )
+    if wanted is None and room < LONGEST:
+        print(f"answers have at most {room} tokens: prompt {id!r} leaves no more of the context", file=sys.stderr)
+    return wanted or min(room, LONGEST)
+
+
+def _room(place: Path, asks: Sequence[Ask]) -> tuple[int, str]:
+    """What the longest prompt leaves of a checkpoint's context in tokens, and the id of that prompt."""
+    from bylaw.model.checkpoint import check_model
+    from bylaw.model.tokenizer import Tokenizer
+
+    context, tokenizer = check_model(place)[0].max_position_embeddings, Tokenizer.load(place)
+    return min((context - len(tokenizer.prompt_ids(ask.prompt.messages)), ask.prompt.id) for ask in asks)
+
+
+def _about(asks: Sequence[Ask], config: EvaluateConfig) -> Record:
+    """What is asked, and how it is answered: all that one evaluation differs from another by, but for its rules."""
+    whole = [[ask.prompt.id, ask.prompt.messages, ask.harmful, ask.principle, ask.type] for ask in asks]
+    return {
+        "files": [path.name for path in (*config.harmful, *config.benign)],
+        "prompts": len(asks),
+        "sha256": hashlib.sha256(json.dumps(whole).encode()).hexdigest(),
+        "samples": config.samples,
+        "max_tokens": config.max_tokens,
+        "seed": config.seed,
+        "sampling": asdict(config.sampling),
+    }
+
+
+def _told(run: "Ledger | None", out: Path) -> str:
+    shown = f" `bylaw report {run.run}` shows what was found." if run and out.parent == run.run / BEHAVIOUR else ""
+    return f"The answers, with what was read in each: {out}.{shown}"
+
+
 def _check_stakes(asks: Sequence[Ask], constitution: "Constitution | None") -> None:
     for ask in asks:
         if constitution and ask.principle:
@@ -152,14 +200,15 @@ def answer(
     """
     from bylaw.model.chunks import write_chunks
 
-    sampler.check_lengths([ask.prompt for ask in asks], config.max_tokens)
+    longest = config.max_tokens or LONGEST
+    sampler.check_lengths([ask.prompt for ask in asks], longest)
     jobs = [(ask, n) for ask in asks for n in range(config.samples)]
     path = out / "drawn" / f"{_terms(sampler, asks, config)}.jsonl"
 
     def work(chunk: Sequence[tuple[Ask, int]]) -> list[Record]:
         sampler.engine.forget()
         keys = [("evaluate", ask.prompt.id, n) for ask, n in chunk]
-        texts = sampler.turns([ask.prompt.messages for ask, _ in chunk], keys, config.max_tokens)
+        texts = sampler.turns([ask.prompt.messages for ask, _ in chunk], keys, longest)
         by = sampler.provenance()
         return [
             {
@@ -239,13 +288,15 @@ def describe_evaluation(found: Mapping[str, Any]) -> str:
     ]
     shares = [found[name]["boilerplate"] for name in models if name != "difference"]
     lines.append(f"{'boilerplate':<20}" + "".join(f"{share:>20.1%}" for share in shares))
-    last = found[newest(found)]
+    name = newest(found)
+    last = found[name]
+    of = f"of {name}, " if len(models) > 1 else ""
     for title, rate in (("by_principle", "harmful_compliance"), ("by_principle", "named_right"), ("by_type", "")):
         for id, rates in last[title].items():
             cells = [rate] if rate else [one for one in ("harmful_compliance", "over_refusal") if rates[one]]
-            lines += [f"{visible(id)}: {one.replace('_', ' ')} {_cell(rates[one])}" for one in cells]
+            lines += [f"{of}{visible(id)}: {one.replace('_', ' ')} {_cell(rates[one])}" for one in cells]
     counts = last["counts"]
-    lines += ["", ", ".join(f"{count} {kind}" for kind, count in counts.items())]
+    lines += ["", of.capitalize() + ", ".join(f"{count} {kind}" for kind, count in counts.items())]
     lines.append("In brackets: 95 % intervals, with prompts as the trials.")
     return "\n".join([*lines, "Rules read words, not meaning: look at the answers before you believe the numbers."])
 

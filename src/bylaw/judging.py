@@ -3,14 +3,13 @@
 Of a run it is the judge that its recipe names, and what is found stays in RUN/judge, where the report looks for it.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bylaw.layout import JUDGED, MEASURES, is_run
+from bylaw.layout import JUDGED, MEASURES, folder_for, is_run
 from bylaw.model.records import Record, decode_record, encode_record, numbered_lines, sha256_file, write_atomic
 from bylaw.model.settings import require, require_cache, require_choices
 from bylaw.rlaif.config import is_server
@@ -106,8 +105,7 @@ def _about(run: "Run", file: Path, config: JudgeConfig) -> Record:
 
 def _place(run: Path, about: Record) -> Path:
     """The folder of a judgement, which no other one has."""
-    named = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
-    return run / JUDGED / f"{about['file'].split('.')[0]}-{named}"
+    return folder_for(run / JUDGED, about["file"], about)
 
 
 def _keep(run: Path, about: Record, found: dict[str, Any], answers: str) -> None:

@@ -1,6 +1,10 @@
 """What lies where in a run folder, beside the folders of the stages."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SUMS = "SHA256SUMS"
 RECIPE = "recipe.toml"
@@ -9,7 +13,7 @@ BEGUN, MANIFEST, STATE = "begun.json", "manifest.json", "state"
 EVALUATION = "evaluation"
 """What `bylaw demo` measures."""
 BEHAVIOUR, FOUND = "behaviour", "evaluation.json"
-"""What `bylaw evaluate` finds, and its last file."""
+"""A folder for each set of prompts that `bylaw evaluate` was given, and the last file of each."""
 JUDGED, MEASURES = "judge", "measures.json"
 """A folder for each thing that `bylaw judge` was asked, and the last file of each."""
 AMENDMENTS, AMENDMENT = "amendments", "amendment.json"
@@ -25,6 +29,14 @@ def is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
 
+def folder_for(top: Path, file: str, about: Mapping[str, Any]) -> Path:
+    """A folder in `top` that nothing else has: by the name of the file that was asked about, and a hash of `about`, all
+    that decides what is found.
+    """
+    named = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    return top / f"{file.split('.')[0]}-{named}"
+
+
 def parts(run: Path) -> list[str]:
     """What holds records that no stage made, as names in the run: folders of evaluations, judgements and amendments,
     and single files of answers without their ending.
@@ -36,6 +48,6 @@ def parts(run: Path) -> list[str]:
 
 def begun_beside(run: Path) -> list[str]:
     """Folders of evaluations, judgements and amendments that have begun and not finished, as names in the run."""
-    ends = {BEHAVIOUR: FOUND, f"{JUDGED}/*": MEASURES, f"{AMENDMENTS}/*": AMENDMENT}
+    ends = {f"{BEHAVIOUR}/*": FOUND, f"{JUDGED}/*": MEASURES, f"{AMENDMENTS}/*": AMENDMENT}
     found = [(place, end) for pattern, end in ends.items() for place in sorted(run.glob(pattern)) if place.is_dir()]
     return [place.relative_to(run).as_posix() for place, end in found if not (place / end).exists()]

@@ -7,7 +7,7 @@ Prompt ids may look like any of these: `prompt:`, `round:`, `pair:` or `helpful:
 last @, # or + in it is then the one that counts.
 
 Records that no stage made, those of evaluations, judgements and amendments, have the name of their place in the run in
-front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID, behaviour/MODEL/PROMPT+N.
+front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID, behaviour/NAME/MODEL/PROMPT+N.
 """
 
 import difflib
@@ -105,7 +105,14 @@ class Tracer:
                 f"{id!r} has several meanings here; say which: {', '.join(repr(n.spelled()) for n in there)}"
             )
         place = self.ledger.run / self.ledger.part
-        raise ValueError(f"{id!r}: no record of {place} has this id{self._near(id)}")
+        raise ValueError(f"{id!r}: no record of {place} has this id{self._near(id)}{self._beside(id)}")
+
+    def _beside(self, id: str) -> str:
+        """The parts that an ID may be meant for: those with a place in the run that its beginning is like."""
+        among = [] if self.ledger.part else parts(self.ledger.run)
+        top = id.split("/")[0]
+        meant = [part for part in among if part.split("/")[0] == top]
+        return f". In front of an ID there may stand: {', '.join(meant)}" if meant and "/" in id else ""
 
     def _exists(self, name: Name) -> bool:
         ledger = self.ledger

@@ -60,11 +60,14 @@ class Evaluation:
     by_rules: bool
     """Whether rules read the answers, else a world's oracle."""
     models: list[Model]
+    files: Sequence[str] = ()
+    """The files of prompts, where others have others."""
 
     @property
     def reader(self) -> str:
-        """Who read the answers."""
-        return "rules" if self.by_rules else "the world's oracle"
+        """Who read the answers, and to which prompts where that has to be said."""
+        named = f" on {' and '.join(self.files)}" if self.files else ""
+        return ("rules" if self.by_rules else "the world's oracle") + named
 
     @property
     def ends(self) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
@@ -80,11 +83,18 @@ class Evaluation:
         return [(name, [one.get(name) for one in every]) for name in names]
 
 
-def evaluations(summary: Record, found: Record) -> list[Evaluation]:
+def evaluations(summary: Record, found: Sequence[Record]) -> list[Evaluation]:
     """Those that a run has, the oracle's word first: of summary.json, and of what `bylaw evaluate` found."""
     told = Evaluation(False, [Model(name, _told(summary[name])) for name in LABELS if summary.get(name)])
-    read = Evaluation(True, [Model(name, _read(found[name])) for name in OF_A_RUN if found.get(name)])
-    return [one for one in (told, read) if one.models]
+    read = [
+        Evaluation(
+            True,
+            [Model(name, _read(one[name])) for name in OF_A_RUN if one.get(name)],
+            one["asked"]["files"] if len(found) > 1 else (),
+        )
+        for one in found
+    ]
+    return [one for one in (told, *read) if one.models]
 
 
 def _told(measured: Mapping[str, Any]) -> Record:

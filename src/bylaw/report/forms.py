@@ -91,6 +91,7 @@ _RATE = {"share": SHARE, "low": SHARE, "high": SHARE, "answers": NUMBER, "prompt
 _RATES = ("harmful_compliance", "refused", "named_right", "helpfulness", "over_refusal", "evasive", "broken")
 _EVALUATED = optional(_RATE, *_RATES) | {"by_principle": {"*": optional(_RATE, "harmful_compliance")}}
 EVALUATION = optional(_EVALUATED | {"counts": {"answers": NUMBER}}, "base", "sl_cai", "rl_cai", "dpo_cai")
+EVALUATION |= {"asked": {"files": [str]}}
 _KNOWN = {"read": NUMBER} | optional(SHARE, "accuracy", "ece", "chance")
 KNOWN = _KNOWN | {"file": str, "reliability?": _bins, "principles?": {"*": _KNOWN}}
 KNOWN |= optional(NUMBER, "questions", "pairs")

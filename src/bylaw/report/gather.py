@@ -82,8 +82,8 @@ def _gather(folder: Path) -> RunFacts:
         chains=chains,
         preferences=preferences,
         summary=summary,
-        evaluations=evaluations(summary, _object(folder / BEHAVIOUR / FOUND, forms.EVALUATION)),
-        known=[_object(path, forms.KNOWN) for path in sorted((folder / JUDGED).glob(f"*/{MEASURES}"))],
+        evaluations=evaluations(summary, _each(folder / BEHAVIOUR, FOUND, forms.EVALUATION)),
+        known=_each(folder / JUDGED, MEASURES, forms.KNOWN),
         marks=marks_of(rollouts, ids) if rewards_by_judge(recipe) else [],
     )
 
@@ -115,6 +115,11 @@ def _object(path: Path, form: Any) -> Record:
     if found:
         check_form(found, form, str(path))
     return found
+
+
+def _each(top: Path, name: str, form: Any) -> list[Record]:
+    """The objects in files of one name, from the folders in `top`."""
+    return [_object(path, form) for path in sorted(top.glob(f"*/{name}"))]
 
 
 def _records(path: Path, state: State, form: Any) -> Iterator[Record]:
