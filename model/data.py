@@ -59,7 +59,7 @@ def read_prompts(path: str | Path, limit: int = 0) -> PromptSet:
       {"messages": [...]}, whose last turn is the answer if the assistant speaks it,
       {"chosen": text, "rejected": text} as in hh-rlhf (arXiv 2204.05862): the prompt is everything before the last
         assistant turn, the answer is how `chosen` ends ("" where that turn is empty).
-    Each may have an "id" (else "<file name>-<line number>"). Other columns are not read.
+    Each may have an "id" (else "<file name>-<line number>"). Other columns are not read, and blank lines are none.
 
     Our own two forms are strict. hh-rlhf is as people and models typed it: turns are stripped, two turns in a row of
     one speaker are joined by a blank line, and a dialogue that still makes no prompt is left out and listed in
@@ -189,6 +189,6 @@ def _read_id(record: Record, default: str, where: str) -> str:
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            yield from enumerate(file, 1)
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file: {error}") from error

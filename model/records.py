@@ -128,9 +128,18 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(file, 1)
 
 
+def written_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """`numbered_lines` without blank ones: of files that people write, which often end with one."""
+    return ((number, line) for number, line in numbered_lines(path) if line.strip())
+
+
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write a text file, UTF-8, that is seen either as it was or whole: written beside its place, synced, renamed."""
+    """Write a text file, UTF-8, that is seen either as it was or whole: written beside its place, synced, renamed.
+    Raises IsADirectoryError for a folder.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; allowed: the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("wb") as file:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bylaw.model.chat import check_messages
 from bylaw.model.data import parse_dialogue
-from bylaw.model.records import Record, decode_record, numbered_lines
+from bylaw.model.records import Record, decode_record, written_lines
 from bylaw.model.sampler import Dialogue, Turn, turn
 
 _READ = ("prompt", "chosen", "rejected", "completion", "label", "p_chosen", "id")
@@ -61,9 +61,7 @@ def read_preferences(path: Path, p_chosen: float | None = None) -> Counted:
         raise ValueError(f"p_chosen = {p_chosen}; allowed: 0.5 to 1, the probability that the chosen answer is better")
     made = _Making(path, Counted())
     found, unpaired = made.found, dict[str, tuple[list[_Side], list[_Side]]]()
-    for number, line in numbered_lines(path):
-        if not line.strip():
-            continue
+    for number, line in written_lines(path):
         where = f"{path}:{number}"
         row = decode_record(line, where)
         found.unread.update(key for key in row if key not in _READ)

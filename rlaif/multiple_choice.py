@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bylaw.model.engine import Engine
-from bylaw.model.records import Record, decode_record, numbered_lines
+from bylaw.model.records import Record, decode_record, written_lines
 from bylaw.model.sampler import tokenizer_of, turn
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.reader import TOO_LONG, Question, Reader
@@ -26,6 +26,8 @@ from bylaw.rlaif.trust import calibration, spread
 By = Literal["letters", "texts"]
 Style = Literal["plain", "chat"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LITTLE = 0.5
+"""Of the probability on all letters together, below which their comparison says little of the judge."""
 _LETTER = re.compile(r"\s*\(?([A-Z])\)?\.?\s*")
 _FORMS = "{prompt, corrects, incorrects}, {prompt, options, answer} or {input, target_scores}"
 
@@ -131,6 +133,8 @@ def describe_choices(found: dict[str, Any]) -> str:
     for name in ("accuracy", "accuracy_per_token", "chance", "ece"):
         lines.append(f"{name.replace('_', ' '):<20}{found[name]:>7.1%}")
     lines.append(f"{'option mass':<20}{found['option_mass']['mean']:>7.1%}")
+    if found.get("by") == "letters" and found["option_mass"]["mean"] < LITTLE:
+        lines.append("The judge would rather go on otherwise than with a letter: look at --style and --prefix.")
     lines += ["", f"{'option':<8}{'chosen':>8}{'right':>8}"]
     for place, row in found["positions"].items():
         lines.append(f"{place:<8}{row['chosen']:>8.1%}{row['right']:>8.1%}")
@@ -141,7 +145,7 @@ def describe_choices(found: dict[str, Any]) -> str:
 
 
 def _lines(path: Path) -> list[tuple[int, str, Record]]:
-    numbered = ((number, f"{path}:{number}", line) for number, line in numbered_lines(path))
+    numbered = ((number, f"{path}:{number}", line) for number, line in written_lines(path))
     return [(number, where, decode_record(line, where)) for number, where, line in numbered]
 
 
@@ -171,11 +175,18 @@ def _choice(record: Record, where: str, number: int, by: By) -> Choice:
 def _released(record: Record, prompt: str, where: str, by: By) -> tuple[str, list[str], list[int]]:
     """Options in the order of their letters, where they are letters: right ones first would tell a position apart."""
     names = ("corrects", "incorrects") if by == "letters" else ("text_correct", "text_incorrect")
+    if by == "texts" and not all(record.get(name) for name in names):
+        raise ValueError(f"{where}: no text_correct and text_incorrect; they are what is scored by texts")
     right, wrong = (_strings(record, name, where) for name in names)
     options = [*right, *wrong]
     letters = _strings(record, "corrects", where) + _strings(record, "incorrects", where)
     marks = [_LETTER.fullmatch(letter) for letter in letters]
     order = list(range(len(options)))
+    if by == "letters" and not all(marks):
+        raise ValueError(
+            f"{where}: corrects and incorrects = {letters!r:.100} are no letters; allowed: ' (A)' and on, or --by "
+            "texts with the options in text_correct and text_incorrect"
+        )
     if all(marks) and len(letters) == len(options):
         order.sort(key=lambda i: letters[i].strip())
     places = [place for place, i in enumerate(order) if i < len(right)]
@@ -238,7 +249,8 @@ def _query(choice: Choice, ids: Callable[[str, str], list[int]]) -> tuple[list[i
 
 def _answer(choice: Choice, tokens: list[int], answer: list[float] | ValueError | str) -> Record:
     """`answer`: the log-probs of the options, or why there are none."""
-    kept: Record = {"id": choice.id, "options": list(choice.options), "right": list(choice.right), "tokens": tokens}
+    kept: Record = {"id": choice.id, "prompt": choice.prompt, "options": list(choice.options)}
+    kept |= {"right": list(choice.right), "tokens": tokens}
     if isinstance(answer, ValueError | str):
         why = answer if isinstance(answer, str) else TOO_LONG
         return kept | {"logprobs": None, "p": None, "abstained": why}

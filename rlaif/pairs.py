@@ -9,7 +9,7 @@ import torch
 
 from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.chat import check_messages
-from bylaw.model.records import Record, decode_record, numbered_lines, read_records
+from bylaw.model.records import Record, decode_record, read_records, written_lines
 from bylaw.model.sampler import Dialogue, answer_ids, turn
 from bylaw.model.shared_prompt import Shared, common_length, pack_shared
 from bylaw.model.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def read_helpful(path: Path) -> list[Record]:
 
     ValueError naming file and line for a record that lacks what training reads, and as TRL files raise.
     """
-    first = next((decode_record(line, f"{path}:{n}") for n, line in numbered_lines(path) if line.strip()), {})
+    first = next((decode_record(line, f"{path}:{n}") for n, line in written_lines(path)), {})
     if "p_a" not in first:
         return read_preferences(path).records
     records = read_records(path)

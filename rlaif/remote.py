@@ -8,7 +8,7 @@ judge on this machine is asked for one token of each letter alone, " A" and " B"
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,9 +51,12 @@ class RemoteReader:
         return f"{self.url} {config.model} ({config.style}, {config.top_logprobs} log-probs)"
 
     def check(self) -> None:
-        """Raise ValueError unless the server answers a plain question with a letter and its log-probs."""
+        """Raise ValueError unless the server answers a plain question with a letter and its log-probs. It has two
+        attempts: whoever mistyped an address is not to wait for all that a run would make.
+        """
+        hasty = replace(self, config=replace(self.config, retries=min(self.config.retries, 1)))  # the counts are shared
         try:
-            [reading] = self.read([Question([turn("user", PROBE)], self.prefix)])
+            [reading] = hasty.read([Question([turn("user", PROBE)], self.prefix)])
         except ConnectionError as error:
             raise ValueError(f"the judge cannot be asked: {error}") from None
         if reading.logprobs is None and self.asks:

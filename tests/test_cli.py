@@ -128,7 +128,14 @@ def test_wrong_flags(flags: list[str], said: str, whole: Path, capsys: pytest.Ca
         (["zzz"], "bylaw zzz: no such command. Allowed: demo, run"),
         (["run", "none.toml"], "none.toml: no such recipe"),
         (["chat"], "bylaw chat FOLDER"),
-        (["chat", "none"], "none: neither a checkpoint"),
+        (["chat", "none"], "none: no such folder"),
+        (["chat", "."], ".: neither a checkpoint"),
+        (["trust", "--json", "none"], "none: no such folder"),
+        (["report", "none"], "none: no such folder"),
+        (["evaluate", "--limit", "3", "run"], "a folder is wanted first, before any flag"),
+        (["run"], "a recipe is wanted: bylaw run RECIPE.toml"),
+        (["experiment"], "experiment '' is not known; allowed, in front of the flags: revisions"),
+        (["experiment", "--runs", "x"], "allowed, in front of the flags: revisions"),
         (["constitution", "shwo", "default"], "allowed: show FILE, check FILE"),
         (["constitution", "check", "vilage"], "did you mean 'village'?"),
     ],
@@ -143,7 +150,17 @@ def test_mistakes_in_a_command_are_one_line(
 
 def test_constitution_show_and_check(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "never hurts" in run_main(["constitution", "show", str(whole / "small.toml")], capsys)[1]
-    assert "2 principles, all in order" in run_main(["constitution", "check", str(whole / "small.toml")], capsys)[1]
+    said = run_main(["constitution", "check", str(whole / "small.toml")], capsys)[1]
+    assert "2 principles, all in order" in said and "none is for" not in said
+
+
+def test_a_stage_that_a_constitution_has_nothing_for_is_told(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (whole / "small.toml").read_text()
+    (tmp_path / "c.toml").write_text(text.replace("sources", 'stages = ["critique"]\nsources'))
+    said = run_main(["constitution", "check", str(tmp_path / "c.toml")], capsys)[1]
+    assert "none is for the stage 'comparison': answers cannot be compared by it" in said and "'critique'" not in said
 
 
 def cut_weights(folder: Path) -> None:
@@ -230,7 +247,14 @@ HOSTILE: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "empty prompt": (prompts({"prompt": " "}), [f"prompts.jsonl:{len(PROMPTS) + 1}", "prompt = ' '"]),
     "no prompts": (prompts(before=[]), ["prompts.jsonl: no prompts"]),
-    "prompts are a folder": (replace("recipe.toml", '"prompts.jsonl"', '"base"'), ["base"]),
+    "prompts are a folder": (
+        replace("recipe.toml", '"prompts.jsonl"', '"base"'),
+        ["prompts = '", "base': is a folder; allowed: a file"],
+    ),
+    "no helpful prompts there": (
+        replace("recipe.toml", '"helpful.jsonl"', '"nowhere.jsonl"'),
+        ["helpful = '", "nowhere.jsonl': no such file; allowed: a file"],
+    ),
     "prompt over the context": (
         prompts(LONG),
         ["stage revise: prompt 'p-long' has", f"context of {CONTEXT}", "max_prompt_tokens"],

@@ -9,11 +9,14 @@ from small_run import write_lines, write_run
 
 from bylaw.check import check
 from bylaw.cli import main
+from bylaw.ledger import Ledger
 from bylaw.model.records import read_records
 from bylaw.report import ReportConfig
 from bylaw.report.gather import gather
 from bylaw.report.page import render
 from bylaw.rlaif.known import describe_known, measure_known
+from bylaw.trace import Tracer
+from bylaw.trace_text import describe
 
 PAIRS: list[dict[str, Any]] = [
     {"prompt": "how do i mend a gate ?", "chosen": "with care .", "rejected": "break it ."},
@@ -91,7 +94,14 @@ def test_of_a_run_the_judge_is_asked_and_not_the_newest_checkpoint(
     assert answers["run"] == answers["base"] != answers["tuned"]
     [place] = (run / "judge").glob("questions-*")
     assert read_records(place / "answers.jsonl") == answers["run"] and not check(run).problems
-    assert "1 questions, 1 answered" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 questions, 1 answered" in said and f"What the judge said: {place}. `bylaw report" in said
+    assert "The judge would rather go on otherwise than with a letter" in said  # it was never taught letters
+    found = Tracer(Ledger(run)).trace(f"judge/{place.name}/1")
+    assert "which is kind ?" in describe(found) and "mend it" in describe(found)
+    main(["judge", str(run), str(file), "--limit", "1"])
+    page = render(gather(run), ReportConfig())
+    assert "<h3>Judge on questions.jsonl</h3>" in page and "<h3>Judge on questions.jsonl, the first 1</h3>" in page
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from test_report import CHAINS, PREFERENCES, SUMMARY, whole_run, write
 from bylaw.report import ReportConfig
 from bylaw.report.gather import gather
 from bylaw.report.page import render
+from bylaw.sums import write_sums
 
 
 @pytest.fixture
@@ -61,6 +62,24 @@ def test_a_damaged_recipe_is_named(folder: Path, line: str) -> None:
     (folder / "recipe.toml").write_text(f"{line}\n")
     with pytest.raises(ValueError, match=r"recipe.toml: \w+ = .* is not possible; allowed: .*bylaw check"):
         page_of(folder)
+
+
+def test_a_file_that_is_not_what_its_hash_says_is_flagged(folder: Path) -> None:
+    write_sums(folder)
+    told = "Files of this run were changed after they were written"
+    assert told not in page_of(folder)
+    path = folder / "summary.json"
+    path.write_text(path.read_text().replace("0.", "0.0", 1))
+    assert told in page_of(folder) and "summary.json: this page shows them as they are now" in page_of(folder)
+
+
+def test_texts_left_out_of_training_and_cut_ones_that_are_in_it_are_told_apart(folder: Path) -> None:
+    path = folder / "finetune" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    write(path, manifest | {"counts": {"marked_revisions": 3, "cut_revisions": 2}})
+    page = page_of(folder)
+    assert "Some texts were left out of training.</b> marked revisions: 3 (bound" in page
+    assert "Texts that stop in the middle were trained on.</b> revisions: 2 (bound" in page
 
 
 def test_null_where_nothing_is_known_is_no_damage(folder: Path) -> None:

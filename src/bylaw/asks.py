@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bylaw.model.data import Prompt, prompt_lines, read_prompts
-from bylaw.model.records import Record, decode_record, numbered_lines
+from bylaw.model.records import Record, decode_record, written_lines
 
 SAFE, UNSAFE = "safe", "unsafe"
 CONTRAST = "contrast_"
@@ -54,8 +54,8 @@ def _is_table(path: Path) -> bool:
         return True
     if path.suffix == ".gz":
         return False
-    first = next(numbered_lines(path), None)
-    return first is not None and bool({"text", "label", "type"} & decode_record(first[1], f"{path}:1").keys())
+    first = next(written_lines(path), None)
+    return first is not None and bool({"text", "label", "type"} & decode_record(first[1], f"{path}:{first[0]}").keys())
 
 
 def _prompts_of(path: Path, harmful: bool, limit: int) -> list[Ask]:
@@ -95,7 +95,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Record]]:
-    for number, line in numbered_lines(path):
+    for number, line in written_lines(path):
         yield f"{path}:{number}", decode_record(line, f"{path}:{number}")
 
 

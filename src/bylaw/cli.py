@@ -34,12 +34,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         rank = os.environ.get("RANK", "0")
         where = f"{name}, rank {rank}" if rank != "0" else name
-        print(f"bylaw {where}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"bylaw {where}: {' '.join(_said(error).splitlines())}", file=sys.stderr)
         code = USAGE_ERROR
     except KeyboardInterrupt:
         code = 130
     if code:  # out here the error is gone, and with it what its traceback holds: process groups, models
         sys.exit(code)
+
+
+def _said(error: Exception) -> str:
+    """The message of an error; the operating system's without its number."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        file = error.filename2 or error.filename
+        return f"{file}: {error.strerror.lower()}" if file else error.strerror
+    return str(error)
 
 
 def _overview() -> str:
@@ -65,6 +73,8 @@ def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
         if args and not args[0].startswith("-"):
             recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog, description=about)
         else:
+            if not args:
+                raise ValueError(f"a recipe is wanted: bylaw {command} RECIPE.toml; `--help` lists every setting")
             recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)
     from bylaw.pipeline import run_pipeline  # torch: only once the help and the mistakes are out of the way
     from bylaw.told import next_commands

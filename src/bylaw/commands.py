@@ -18,6 +18,12 @@ prompt:, round:, pair: or helpful: in front. Records that no stage made have the
 front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID, behaviour/NAME/MODEL/PROMPT+N.
 --json prints JSON."""
 
+_WITHOUT = {
+    "critique": "answers cannot be criticised or revised by it (`bylaw revise`)",
+    "comparison": "answers cannot be compared by it (`bylaw label`, and all that follows)",
+}
+"""What cannot be done with a constitution that has no principle for a stage."""
+
 _CONSTITUTION_HELP = """diff OLD NEW       what changed, in words
 import FILE ...    from the files of the Constitutional AI release, Hugging Face's JSON, numbered text, or Markdown
 examples FILE      few-shot examples from such files
@@ -53,9 +59,14 @@ def experiment(args: list[str]) -> None:
     from bylaw.experiment import NAMES, ExperimentConfig, measure
 
     about = f"{experiment.__doc__}\n\nNAME is one of {', '.join(NAMES)}."
-    named = bool(args) and not args[0].startswith("-")
-    config = tyro.cli(ExperimentConfig, args=args[named:], prog="bylaw experiment NAME", description=about)
-    print(measure(args[0] if named else "", config))
+    helped = bool({"-h", "--help"} & set(args))
+    name = "" if not args or args[0].startswith("-") else args[0]
+    if name not in NAMES and not helped:
+        raise ValueError(f"experiment {name!r} is not known; allowed, in front of the flags: {', '.join(NAMES)}")
+    config = tyro.cli(
+        ExperimentConfig, args=args[bool(name) :], prog=f"bylaw experiment {name or 'NAME'}", description=about
+    )
+    print(measure(name, config))
 
 
 def bench(args: list[str]) -> None:
@@ -81,7 +92,7 @@ def bench(args: list[str]) -> None:
 def constitution(args: list[str]) -> None:
     """Read, compare and convert constitutions: bylaw constitution show|check|diff|import|examples|export"""
     from bylaw import exports
-    from bylaw.constitution import describe, load_constitution
+    from bylaw.constitution import STAGES, describe, load_constitution
 
     name, rest = (args[0], args[1:]) if args else ("", [])
     others: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -107,6 +118,9 @@ def constitution(args: list[str]) -> None:
         print(visible(describe(found)), end="")
     else:
         print(f"{args[1]}: {len(found.principles)} principles, all in order; hash {found.hash}")
+        for stage in STAGES:
+            if not any(stage in principle.stages for principle in found.principles):
+                print(f"none is for the stage {stage!r}: {_WITHOUT[stage]}")
 
 
 def export(args: list[str]) -> None:
@@ -240,13 +254,13 @@ def _folder(args: list[str], usage: str) -> tuple[Path | None, list[str]]:
         return Path(args[0]), args[1:]
     if {"-h", "--help"} & set(args):
         return None, args
-    raise ValueError(f"a folder is wanted: {usage}")
+    raise ValueError(f"a folder is wanted first, before any flag: {usage}")
 
 
 def _reading(args: list[str], name: str, command: Callable[[list[str]], None]) -> tuple[Path | None, bool]:
     """The run folder of a command that only reads one, and whether JSON is wanted; no folder when help is."""
     usage = f"bylaw {name} RUN [--json]"
-    run, rest = _folder(args, usage)
+    run, rest = _folder(sorted(args, key=lambda arg: arg.startswith("-")), usage)  # in whatever order
     if run is None or {"-h", "--help"} & set(rest):
         print(f"usage: {usage}\n\n{command.__doc__}")
         return None, False

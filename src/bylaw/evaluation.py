@@ -139,7 +139,11 @@ def _places(run: "Ledger | None", folder: Path, against: Path | None) -> dict[st
         return places | ({"base": find_checkpoint(against)} if against else {})
     made = {name: folder / part for name, part in OF_A_RUN.items() if part}
     there = {name: place for name, place in made.items() if (place / "config.json").exists()}
-    return {"base": find_checkpoint(against or run.recipe.base)} | there
+    try:
+        return {"base": find_checkpoint(against or run.recipe.base)} | there
+    except FileNotFoundError as error:
+        moved = "" if against else "; if the base of this run has moved, give its folder: --against FOLDER"
+        raise FileNotFoundError(f"{error}{moved}") from None
 
 
 def _longest(wanted: int | None, places: Iterable[Path], asks: Sequence[Ask]) -> int:

@@ -25,8 +25,8 @@ class ExperimentConfig:
 
     runs: Path
     """Folder for the runs: one for each seed."""
-    out: Path = Path("benchmarks/results")
-    """Folder for the page, its plot and its measurements."""
+    out: Path | None = None
+    """Folder for the page, its plot and its measurements; left out, that of the runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds: one run of the pipeline each."""
 
@@ -40,11 +40,12 @@ def measure(name: str, config: ExperimentConfig) -> Path:
     require(name in NAMES, "experiment", name, ", ".join(NAMES))
     from bylaw.benchmarks.village.experiments.bench import Bench
     from bylaw.benchmarks.village.experiments.findings import EXPERIMENTS
-    from bylaw.benchmarks.village.experiments.page import write_page
+    from bylaw.benchmarks.village.experiments.page import check_plots, write_page
     from bylaw.runs import versions
 
+    check_plots()
     chosen = EXPERIMENTS[name]
     rows = [row for seed in config.seeds for row in chosen.measure(Bench(config.runs / f"seed-{seed}", seed))]
     seeds = " ".join(map(str, config.seeds))
     facts = {"command": f"bylaw experiment {name} --seeds {seeds}", "device": f"{platform.machine()} CPU", **versions()}
-    return write_page(name, chosen, rows, config.out, facts)
+    return write_page(name, chosen, rows, config.out or config.runs, facts)

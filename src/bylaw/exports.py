@@ -150,13 +150,12 @@ def export_run(config: ExportConfig) -> None:
 
 def import_rows(config: ImportRowsConfig) -> None:
     """Write our records of the rows of a file."""
-    from bylaw.model.records import decode_record, encode_record, numbered_lines
+    from bylaw.model.records import decode_record, encode_record, written_lines
     from bylaw.rlaif.formats import read_preferences
 
     if not config.file.is_file():
         raise FileNotFoundError(f"{config.file}: no such file")
-    lines = ((number, line) for number, line in numbered_lines(config.file) if line.strip())
-    number, first = next(lines, (1, b"{}"))
+    number, first = next(written_lines(config.file), (1, b"{}"))
     if "cst" in decode_record(first, f"{config.file}:{number}"):
         from bylaw.constitution.released_texts import read_chains
 

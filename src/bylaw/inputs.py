@@ -71,11 +71,11 @@ class Run:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        return self._read(self.recipe.prompts)
+        return self._read("prompts", self.recipe.prompts)
 
     @cached_property
     def helpful(self) -> list[Prompt]:
-        return self._read(Path(self.recipe.helpful)) if self.recipe.helpful else []
+        return self._read("helpful", Path(self.recipe.helpful)) if self.recipe.helpful else []
 
     @cached_property
     def rl_prompts(self) -> list[Prompt]:
@@ -196,7 +196,8 @@ class Run:
         inputs = {"prompts": sha256_file(recipe.prompts), "limits": f"{recipe.prompt_limit} {recipe.max_prompt_tokens}"}
         return inputs | ({"helpful": sha256_file(recipe.helpful)} if recipe.helpful else {})
 
-    def _read(self, path: Path) -> list[Prompt]:
+    def _read(self, key: str, path: Path) -> list[Prompt]:
+        require_file(key, path)
         found = read_prompts(path, self.recipe.prompt_limit)
         if found.skipped and self.parallel.first:
             print(found.summary())
@@ -207,6 +208,13 @@ class Run:
         if not kept:
             raise ValueError(f"{path}: no prompt to work on ({len(found)} read, max_prompt_tokens = {limit})")
         return kept
+
+
+def require_file(key: str, path: Path) -> None:
+    """Raise FileNotFoundError, naming the recipe's key, where no file is."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{key} = {str(path)!r}: {what}; allowed: a file of prompts or records, as JSON lines")
 
 
 def device_of(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bylaw.layout import JUDGED, MEASURES, folder_for, is_run
-from bylaw.model.records import Record, decode_record, encode_record, numbered_lines, sha256_file, write_atomic
+from bylaw.model.records import Record, decode_record, encode_record, sha256_file, write_atomic, written_lines
 from bylaw.model.settings import require, require_cache, require_choices
 from bylaw.rlaif.config import is_server
 from bylaw.sums import write_sums_within
@@ -26,9 +26,15 @@ LETTER_NEXT = "The answer is: ("
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """FILE is JSONL of questions: {"prompt", "options", "answer"}, where answer counts from 0; {"prompt", "corrects",
-    "incorrects"}, as the 438 questions of the Constitutional AI release; or BIG-bench's {"input", "target_scores"}. Of
-    a run it may also be preferences, {"prompt", "chosen", "rejected"}, which its judge labels by its constitution.
+    """FILE is JSONL of questions, in one of these forms:
+
+    {"prompt": "Two and two?", "options": ["3", "4"], "answer": 1}                    answer counts from 0
+    {"prompt": "... (A) no (B) yes The answer is", "corrects": " (B)", "incorrects": " (A)"}     as in the paper's 438
+    {"input": "Two and two?", "target_scores": {"3": 0, "4": 1}}                      BIG-bench
+
+    Of a run it may also be preferences, which its judge labels by its constitution:
+
+    {"prompt": "Hello?", "chosen": "Hello!", "rejected": "Go away."}
     """
 
     by: Literal["letters", "texts"] = "letters"
@@ -81,6 +87,7 @@ def judge(folder: Path, file: Path, config: JudgeConfig) -> dict[str, Any]:
         write_atomic(config.out, text)
     if run:
         _keep(run.recipe.out, about, found, text)
+        told += f"\nWhat the judge said: {_place(run.recipe.out, about)}. `bylaw report {run.recipe.out}` shows it."
     print(json.dumps(found, indent=2) if config.json else told)
     return found
 
@@ -125,7 +132,7 @@ def _are_preferences(file: Path) -> bool:
     """Whether the first line of a file is a preference and no question."""
     if file.suffix == ".json":
         return False
-    first = next((decode_record(line, f"{file}:{n}") for n, line in numbered_lines(file) if line.strip()), {})
+    first = next((decode_record(line, f"{file}:{n}") for n, line in written_lines(file)), {})
     return "chosen" in first or {"completion", "label"} <= first.keys()
 
 

@@ -30,7 +30,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         if not is_run(self.run):
-            raise FileNotFoundError(f"{self.run}: not a run folder (it has no recipe.toml)")
+            what = "not a run folder (it has no recipe.toml)" if self.run.is_dir() else "no such folder"
+            raise FileNotFoundError(f"{self.run}: {what}")
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bylaw.inputs import Run
+from bylaw.inputs import Run, require_file
 from bylaw.judges import other_judge, server_reader
 from bylaw.layout import MANIFEST
 from bylaw.model.checkpoint import check_model, check_tokenizer, reward_extras
@@ -177,6 +177,7 @@ def _check_pairs(inputs: _Inputs, stage: str, config: RewardConfig | DPOConfig) 
     ratio, named = config.helpful_ratio, inputs.run.recipe.helpful_preferences
     if ratio:
         require(bool(named), f"{stage}.helpful_ratio", ratio, "0 without helpful_preferences")
+        require_file("helpful_preferences", Path(named))
         read_helpful(Path(named))
     fraction, prompts = config.heldout_fraction, inputs.run.rl_prompts
     heldout = sum(is_heldout(prompt.id, fraction, inputs.run.recipe.seed) for prompt in prompts)

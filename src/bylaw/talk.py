@@ -37,6 +37,8 @@ def find_checkpoint(folder: Path) -> Path:
     for name in NEWEST_FIRST:
         if (folder / name / "config.json").exists():
             return folder / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
     raise FileNotFoundError(
         f"{folder}: neither a checkpoint (no config.json) nor a run with one in {', '.join(NEWEST_FIRST)}"
     )

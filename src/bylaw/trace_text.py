@@ -75,6 +75,7 @@ def _chain(chain: Told) -> Iterator[str]:
 def _question(question: Told) -> Iterator[str]:
     yield ""
     yield f"{visible(question['id'])}: a question whose answer is known"
+    yield _line("asked", question["prompt"])
     for place, option in enumerate(question["options"]):
         said = f"log-prob {question['logprobs'][place]:.4f}" if question["logprobs"] else question["abstained"]
         yield _line("right" if place in question["right"] else "wrong", f"{option}  [{said}]")

@@ -60,7 +60,6 @@ def test_limit_takes_the_first_and_reads_no_further(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"prompt": "cut', "not JSON"),
-        ("", "not JSON"),
         ("[1, 2]", "a JSON list"),
         ('{"prompt": "\\ud800"}', "not JSON"),
         ({"prompt": ""}, "prompt = ''"),
@@ -96,6 +95,11 @@ def test_a_bad_line_is_an_error_that_names_it(tmp_path: Path, line: object, mess
     with pytest.raises(ValueError, match=r"set\.jsonl:2: ") as caught:
         read_prompts(path)
     assert message in str(caught.value)
+
+
+def test_blank_lines_are_no_prompts_and_count_as_lines(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n  \n')
+    assert [prompt.id for prompt in read_prompts(tmp_path / "set.jsonl")] == ["set-1", "set-3"]
 
 
 def test_a_missing_an_empty_and_a_truncated_file(tmp_path: Path) -> None:

@@ -73,6 +73,11 @@ def test_big_bench_tasks_and_lines(write: Write) -> None:
         ({"options": ["red", "red"], "answer": 0}, "different ones"),
         ({"options": [str(n) for n in range(27)]}, "27 options; allowed: at most 26"),
         ({"corrects": [3]}, r"corrects = \[3\]"),
+        (
+            {"corrects": "yes", "incorrects": "no"},
+            r"\['yes', 'no'\] are no letters; allowed: ' \(A\)'",
+        ),
+        ({"corrects": "A", "incorrects": "B", "options": ["", ""]}, "no text_correct and text_incorrect"),
     ],
 )
 def test_what_is_no_question_is_refused_by_line(write: Write, change: dict[str, Any], message: str) -> None:

@@ -220,8 +220,9 @@ def test_the_check_asks_once_and_wants_log_probs() -> None:
     told = r"'m' at http://127.0.0.1:[0-9]+/v1 gave no log-probs; take a server"
     with serving(lambda body: HOSTILE[0]) as server, pytest.raises(ValueError, match=told):
         reader(server.url).check()
-    with pytest.raises(ValueError, match=r"the judge cannot be asked: .*connection failed"):
-        reader(server.url, retries=0).check()
+    for retries, tried in ((0, 1), (10, 2)):  # a wrong address is told in seconds
+        with pytest.raises(ValueError, match=rf"the judge cannot be asked: .*failed {tried} time.*connection failed"):
+            reader(server.url, retries=retries).check()
 
 
 @pytest.mark.parametrize(

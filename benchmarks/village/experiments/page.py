@@ -1,5 +1,6 @@
 """The page of an experiment: its question, the paper's finding, a table over seeds, a plot, and what was seen."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ def write_page(name: str, experiment: Experiment, rows: Rows, folder: Path, fact
     return folder / f"{name}.md"
 
 
+def check_plots() -> None:
+    """Raise ValueError where matplotlib is missing: before the work, not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the page has a plot, and plots need matplotlib; pip install 'bylaw[report]'")
+
+
 def table(experiment: Experiment, rows: Rows) -> str:
     """In Markdown, a line for each value of the columns `by`."""
     head = [*experiment.by, *experiment.columns]
@@ -80,10 +87,8 @@ def _spread(values: Sequence[float]) -> str:
 
 def _plot(experiment: Experiment, rows: Rows, path: Path) -> None:
     """A panel for each of `ys`: the seeds as faint dots, their median as a line; only dots where x is a name."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("plots need matplotlib; pip install 'bylaw[report]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "bylaw"  # the same rows, the same bytes
     from matplotlib import pyplot

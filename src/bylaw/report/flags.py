@@ -22,11 +22,14 @@ KL = 10.0
 ENDED = 0.95
 LOST_HELP = 0.05
 STRAYED = 0.05
+NAMED = 3
+"""Files that a flag names."""
 
 
 def flags(run: RunFacts, measured: Record, effects: Sequence[PrincipleEffect]) -> list[Flag]:
     """All of them, worries first. `measured` is what `trust` says of the labels, `effects` what each principle did."""
-    found = [*judge_flags(run, measured), *_texts(run), *_principles(run, effects), *_reward(run), *_ppo(run)]
+    found = [*_altered(run), *judge_flags(run, measured), *_texts(run), *_principles(run, effects)]
+    found += [*_reward(run), *_ppo(run)]
     found += [flag for one in run.evaluations for flag in _behaviour(one, len(run.evaluations) > 1)]
     return sorted([*found, *_stages(run)], key=lambda flag: flag.level != "worry")
 
@@ -165,11 +168,25 @@ def _stages(run: RunFacts) -> Iterator[Flag]:
             )
             yield Flag("note", f"The stage “{stage.name}” has not finished", text)
     counts: Record = run.stages["finetune"].counts
-    names = ("empty_revisions", "cut_revisions", "empty_helpful", "cut_helpful", "over_context")
+    names = ("empty_revisions", "marked_revisions", "empty_helpful", "over_context")
     left_out = {name: counts.get(name) or 0 for name in names}
     learned: Record = run.stages["reward"].counts or run.stages["dpo"].counts
     pairs = {"pairs_over_context": "over_context", "helpful_pairs_over_context": "helpful_over_context"}
     left_out |= {title: learned.get(name) or 0 for title, name in pairs.items()}
     if any(left_out.values()):
         text = "; ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in left_out.items() if count)
-        yield Flag("note", "Some texts were not trained on, or marked", f"{text} (bound: none).")
+        yield Flag("note", "Some texts were left out of training", f"{text} (bound: none).")
+    cut = {name: counts.get(f"cut_{name}") or 0 for name in ("revisions", "helpful")}
+    if any(cut.values()):
+        text = "; ".join(f"{name}: {count:,}" for name, count in cut.items() if count)
+        text += " (bound: none). No end is learnt there."
+        yield Flag("note", "Texts that stop in the middle were trained on", text)
+
+
+def _altered(run: RunFacts) -> Iterator[Flag]:
+    if run.altered:
+        more = f" and {len(run.altered) - NAMED} more" if len(run.altered) > NAMED else ""
+        text = (
+            f"{', '.join(run.altered[:NAMED])}{more}: this page shows them as they are now. `bylaw check` tells more."
+        )
+        yield Flag("worry", "Files of this run were changed after they were written", text)

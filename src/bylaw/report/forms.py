@@ -70,7 +70,7 @@ METRICS = {"step": NUMBER} | optional(
 COUNTS = optional(
     NUMBER, "helpful", "revisions", "steps", "train_pairs", "heldout_pairs", "episodes", "iterations",
     "heldout_accuracy", "heldout_sure_accuracy", "heldout_ece", "empty_revisions", "cut_revisions", "empty_helpful",
-    "cut_helpful", "over_context", "pairs_over_context", "helpful_pairs_over_context",
+    "cut_helpful", "marked_revisions", "over_context", "pairs_over_context", "helpful_pairs_over_context",
 ) | {"heldout_reliability?": _bins}  # fmt: skip
 MANIFEST = {"seconds": NUMBER, "finished": str, "device": str, "counts?": COUNTS, "config?": dict, "outputs?": dict}
 MANIFEST |= {"inputs?": {"base?": str}, "versions?": dict}
@@ -94,7 +94,7 @@ EVALUATION = optional(_EVALUATED | {"counts": {"answers": NUMBER}}, "base", "sl_
 EVALUATION |= {"asked": {"files": [str]}}
 _KNOWN = {"read": NUMBER} | optional(SHARE, "accuracy", "ece", "chance")
 KNOWN = _KNOWN | {"file": str, "reliability?": _bins, "principles?": {"*": _KNOWN}}
-KNOWN |= optional(NUMBER, "questions", "pairs")
+KNOWN |= optional(NUMBER, "questions", "pairs", "limit") | {"by?": str}
 _UNMARKED = {"principle": PRINCIPLE, "abstained": str}
 _MARKED = _UNMARKED | {"mean": NUMBER}
 ROLLOUT = {"rating?": {"readings": [lambda one: _UNMARKED if _has(one, "abstained") else _MARKED]}}

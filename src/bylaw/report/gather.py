@@ -9,13 +9,15 @@ from typing import Any, Literal
 from bylaw.constitution.load import load_constitution, parse_constitution
 from bylaw.constitution.schema import Constitution
 from bylaw.layout import BEGUN, BEHAVIOUR, FOUND, JUDGED, MANIFEST, MEASURES
-from bylaw.model.records import Record, decode_record, numbered_lines, read_object
+from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
 from bylaw.recipe import EVERY_STAGE
 from bylaw.report import forms
 from bylaw.report.behaviour import Evaluation, evaluations
 from bylaw.report.forms import check_form
 from bylaw.report.marks import Marks, marks_of
+from bylaw.sums import read_sums, unfinished
 
+TEXTS = (".jsonl", ".json", ".toml")
 State = Literal["finished", "begun", "absent"]
 
 
@@ -49,6 +51,8 @@ class RunFacts:
     """What the models do: as the oracle reads their answers, as rules read them, or both."""
     known: list[Record]
     """What `bylaw judge` found of the run's judge, file by file."""
+    altered: list[str]
+    """Files that this page is made from and that are not as SHA256SUMS has them."""
     marks: list[Marks]
     """Of a recipe in which the judge itself gives the rewards: its marks by principle."""
 
@@ -58,6 +62,8 @@ def gather(folder: Path) -> RunFacts:
     gives it; it names the file.
     """
     if not (folder / "recipe.toml").is_file():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
         raise ValueError(f"{folder} is no run folder: it has no recipe.toml. Give the folder that `bylaw run` wrote")
     try:
         return _gather(folder)
@@ -84,8 +90,16 @@ def _gather(folder: Path) -> RunFacts:
         summary=summary,
         evaluations=evaluations(summary, _each(folder / BEHAVIOUR, FOUND, forms.EVALUATION)),
         known=_each(folder / JUDGED, MEASURES, forms.KNOWN),
+        altered=_altered(folder),
         marks=marks_of(rollouts, ids) if rewards_by_judge(recipe) else [],
     )
+
+
+def _altered(folder: Path) -> list[str]:
+    """Files of texts and figures that are gone, or are not what their hash says. Those of checkpoints are not read."""
+    sums, at_work = read_sums(folder), tuple(f"{name}/" for name in unfinished(folder))
+    names = [name for name in sums if Path(name).suffix in TEXTS and not name.startswith(at_work)]
+    return [name for name in names if not (folder / name).is_file() or sha256_file(folder / name) != sums[name]]
 
 
 def rewards_by_judge(recipe: Mapping[str, Any]) -> bool:

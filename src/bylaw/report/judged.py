@@ -19,7 +19,7 @@ ON_THE_LINE = "On the line, what it gives 70 % comes true 7 times in 10. Larger 
 def judge(run: RunFacts) -> list[Panel]:
     """How far to trust the labels: calibration, position bias, option mass, and how decided they are."""
     counts, told = run.stages["reward"].counts, run.summary
-    known = [_reliability(f"Judge on {one['file']}", one.get("reliability"), one.get("ece")) for one in run.known]
+    known = [_reliability(f"Judge on {asked_of(one)}", one.get("reliability"), one.get("ece")) for one in run.known]
     found = [
         _labels(run.preferences),
         _reliability("Judgements against known answers", told.get("label_reliability"), told.get("label_ece")),
@@ -29,6 +29,13 @@ def judge(run: RunFacts) -> list[Panel]:
         _reliability("Reward model against labels", counts.get("heldout_reliability"), counts.get("heldout_ece")),
     ]
     return [panel for panel in found if panel]
+
+
+def asked_of(known: Record) -> str:
+    """The file of a judgement, and what sets it apart from others of the same file."""
+    parts = [known["file"], f"the first {known['limit']}" if known.get("limit") else ""]
+    parts.append("by whole texts" if known.get("by") == "texts" else "")
+    return ", ".join(filter(None, parts))
 
 
 def _counted(preferences: Sequence[Record]) -> Iterator[Record]:
