@@ -14,6 +14,7 @@ from bylaw.branch import branch
 from bylaw.check import check
 from bylaw.constitution.diff import diff
 from bylaw.constitution.load import parse_constitution
+from bylaw.judging import JudgeConfig, judge
 from bylaw.model.records import read_records
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import AmendConfig, load_recipe
@@ -71,6 +72,22 @@ def test_a_reworded_principle_is_asked_only_where_it_is_drawn(run: Path, tmp_pat
     assert facts["first_stage"] == "revise" and facts["chains"]["of"] == len(rounds)
     assert facts["chains"]["rounds"] == rounds.count("care")
     assert json.loads((run / "amendments" / facts["to"] / "amendment.json").read_text()) == facts
+
+
+def test_a_run_whose_base_has_moved_is_told_where_it_lies(run: Path, tmp_path: Path) -> None:
+    new, base = written(JUDGED, tmp_path), load_recipe(run / "recipe.toml").base
+    facts = amend(run, new, AmendConfig())
+    shutil.rmtree(run / "amendments")
+    recipe, questions = (run / "recipe.toml").read_text(), tmp_path / "questions.jsonl"
+    (run / "recipe.toml").write_text(recipe.replace(str(base), str(tmp_path / "gone")))
+    questions.write_text('{"prompt": "which ?", "options": ["a", "b"], "answer": 1}\n')
+    for work in (lambda: amend(run, new, AmendConfig()), lambda: judge(run, questions, JudgeConfig())):
+        with pytest.raises(FileNotFoundError, match=r"gone: this run's base is gone; --base FOLDER"):
+            work()
+    assert amend(run, new, AmendConfig(base=base)) == facts
+    assert judge(run, questions, JudgeConfig(base=base))["read"] == 1
+    with pytest.raises(ValueError, match="the labels were made by another model"):
+        amend(run, new, AmendConfig(base=run / "finetune" / "sl-cai"))
 
 
 def test_what_reaches_no_prompt_changes_nothing(run: Path, tmp_path: Path) -> None:

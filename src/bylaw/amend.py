@@ -166,7 +166,7 @@ def _recipes(ledger: Ledger, new: str, config: AmendConfig) -> tuple[Recipe, Rec
     """
     if config.out and config.out.resolve() == ledger.run.resolve():
         raise ValueError(f"out = {config.out} is the run itself; allowed: another folder, for the run made anew")
-    before = ledger.as_made
+    before = ledger.as_made_on(config.base)
     return before, replace(before, constitution=new, examples=config.examples or before.examples)
 
 

@@ -58,6 +58,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     page = write_report(config.out, ReportConfig())
     print(table(summary))
     chains = read_records(config.out / "revise" / "chains.jsonl")
+    print("\nThree chains of the base model, each to its first revision:")
     print(*(visible(describe_chain(chain)) for chain in instructive(chains)), sep="\n")
     out = config.out
     print(f"\nCheckpoints: {recipe.base}, {out}/finetune/sl-cai, {out}/ppo/rl-cai. Numbers: {out}/summary.json")

@@ -47,6 +47,8 @@ class JudgeConfig:
     """At most so many questions or pairs; 0 for all."""
     out: Path | None = None
     """JSONL file for the log-probs of every question."""
+    base: Path | None = None
+    """Where a run's base lies now, if its folder has moved."""
     json: bool = False
     """Print JSON instead of a table."""
     max_rows: int = 64
@@ -74,7 +76,7 @@ def judge(folder: Path, file: Path, config: JudgeConfig) -> dict[str, Any]:
 
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    run = Run(Ledger(folder).as_made) if is_run(folder) else None
+    run = Run(Ledger(folder).as_made_on(config.base)) if is_run(folder) else None
     about = _about(run, file, config) if run else {}
     if _are_preferences(file):
         found, answers = _label(run, file, config, about)

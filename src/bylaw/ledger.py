@@ -14,7 +14,7 @@ from bylaw.model.checkpoint import check_model
 from bylaw.model.data import prompt_lines
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.recipe import EVERY_STAGE, Recipe, asked_at, load_recipe
+from bylaw.recipe import EVERY_STAGE, OWN_JUDGES, Recipe, asked_at, load_recipe
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,15 @@ class Ledger:
             constitution=str(kept.absolute()) if kept.exists() else recipe.constitution,
             examples=str(self.examples_path(self._examples).absolute()) if shots else recipe.examples,
         )
+
+    def as_made_on(self, base: Path | None) -> Recipe:
+        """`as_made` with its base where that lies now; None is where it lay. FileNotFoundError where the judge is one
+        of the run's own models and there is no base.
+        """
+        recipe = replace(self.as_made, base=base) if base else self.as_made
+        if recipe.judge in OWN_JUDGES and not recipe.base.is_dir():
+            raise FileNotFoundError(f"{recipe.base}: this run's base is gone; --base FOLDER says where it lies now")
+        return recipe
 
     @property
     def _examples(self) -> str:

@@ -132,6 +132,8 @@ class AmendConfig:
     """File of examples to show by the amended constitution, of use when one goes by a principle that is taken out;
     empty: the run's own.
     """
+    base: Path | None = None
+    """Where the run's base lies now, if its folder has moved."""
     json: bool = False
     """Print JSON instead of text."""
 
