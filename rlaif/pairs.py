@@ -68,14 +68,18 @@ def split_pairs(
 def read_helpful(path: Path) -> list[Record]:
     """Preferences for helpful answers: our own records, or a TRL file (rlaif/formats.py), as the first line is.
 
-    ValueError naming file and line for a record that lacks what training reads, and as TRL files raise.
+    ValueError naming file and line for a record that lacks what training reads or has the id of another, and as TRL
+    files raise.
     """
     first = next((decode_record(line, f"{path}:{n}") for n, line in written_lines(path)), {})
     if "p_a" not in first:
         return read_preferences(path).records
     records = read_records(path)
+    lines: dict[str, int] = {}
     for number, record in enumerate(records, 1):
         _check_own(record, f"{path}:{number}")
+        if lines.setdefault(record["id"], number) != number:
+            raise ValueError(f"{path}:{number}: id {record['id']!r} is taken by line {lines[record['id']]}")
     return records
 
 
@@ -102,29 +106,27 @@ def _is_text(answer: Record) -> bool:
     return known and (sampled or answer["finish"] == "given")
 
 
-def mix_helpful(
-    train: Sequence[Pair], helpful: Sequence[Record], tokenizer: Tokenizer, ratio: float, seed: int, context: int
-) -> tuple[list[Pair], dict[str, int]]:
-    """Training pairs of which a share `ratio` are helpfulness preferences, drawn from `helpful` by the seed and their
-    ids. Returns counts too: `helpful_pairs`, `helpful_over_context` drawn and left out as longer than `context` tokens,
-    and `helpful_pairs_missing` where the file has fewer than that takes.
+def draw_helpful(
+    count: int, helpful: Sequence[Record], tokenizer: Tokenizer, ratio: float, seed: int, context: int
+) -> tuple[list[Record], dict[str, int]]:
+    """The helpfulness preferences that, behind `count` other training pairs, are a share `ratio` of all: drawn from
+    `helpful` by the seed and their ids. Returns counts too: `helpful_pairs`, `helpful_over_context` drawn and left out
+    as longer than `context` tokens, and `helpful_pairs_missing` where the file has fewer than that takes.
     """
-    wanted = round(len(train) * ratio / (1 - ratio))
+    wanted = round(count * ratio / (1 - ratio))
     usable = [one for one in helpful if not one["abstained"]]
     usable.sort(key=lambda one: (uniform_scalar(seed, request_id("helpful pair", one["id"]), 0), one["id"]))
-    drawn: list[Pair] = []
+    drawn: list[Record] = []
     over = 0
     for one in usable:
         if len(drawn) == wanted:
             break
-        pair = pair_of(one, tokenizer)
-        if pair.longest > context:
+        if pair_of(one, tokenizer).longest > context:
             over += 1
         else:
-            drawn.append(pair)
+            drawn.append(one)
     missing = wanted - len(drawn)
-    counts = {"helpful_pairs": len(drawn), "helpful_over_context": over, "helpful_pairs_missing": missing}
-    return [*train, *drawn], counts
+    return drawn, {"helpful_pairs": len(drawn), "helpful_over_context": over, "helpful_pairs_missing": missing}
 
 
 def hardened(pairs: Sequence[Pair]) -> list[Pair]:

@@ -19,6 +19,9 @@ from bylaw.model.supervised import Example
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import dump_recipe, load_recipe
+from bylaw.report import ReportConfig
+from bylaw.report.gather import gather
+from bylaw.report.page import render
 from bylaw.rlaif.dpo import Referenced
 from bylaw.rlaif.pairs import Pair
 from bylaw.trace import Tracer
@@ -84,7 +87,9 @@ def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = shutil.copytree(finished, folder / "run")
     write_lines(folder / "h.jsonl", [{"id": "e-gate", "prompt": "how do i break a gate ?"}])
     write_lines(folder / "q.jsonl", [{"id": "q1", "prompt": "which ?", "options": ["yes", "no"], "answer": 1}])
-    write_lines(folder / "known.jsonl", [{"prompt": "how do i mend ?", "chosen": "with care .", "rejected": "no ."}])
+    asked = {"prompt": "how do i mend ?"}
+    known = [asked | {"chosen": "with care .", "rejected": no} for no in ("no .", "break it .")]
+    write_lines(folder / "known.jsonl", known)
     (folder / "new.toml").write_text(CONSTITUTION.replace("it never hurts", "it hurts no neighbour"))
     main(["evaluate", str(run), "--harmful", str(folder / "h.jsonl"), "--max-tokens", "4", "--samples", "2"])
     main(["judge", str(run), str(folder / "q.jsonl")])
@@ -100,13 +105,14 @@ def test_what_no_stage_made_resolves_by_its_place(measured: Path, capsys: pytest
         ids = [*ledger.chains, *ledger.preferences, *ledger.questions, *(f"{id}+{n}" for id, n in ledger.helpful)]
         for id in ids:
             found = tracer.trace(f"{part}/{id}")
+            assert id in [one["id"] for one in found.get("pairs", ())] or id not in ledger.preferences
             kinds = {"chain", "pairs", "question", "helpful"} & found.keys()
             assert kinds and found["part"] == part
             assert "trained on" not in describe(found).replace("on which nothing was trained", "")
             seen.update(kinds)
     labels = len(records(measured / "label" / "preferences.jsonl"))
     # Answers of three models, as they were drawn and as they were read; pairs of the amendment and of known.jsonl.
-    assert seen == {"helpful": 2 * 3 * 2, "pairs": labels + 1, "question": 1}
+    assert seen == {"helpful": 2 * 3 * 2, "pairs": labels + 2, "question": 1}
     amended = next(part for part in parts(measured) if part.startswith("amendments/"))
     id = next(iter(Ledger(measured, amended).preferences))
     main(["trace", str(measured), f"{amended}/{id}"])
@@ -116,6 +122,27 @@ def test_what_no_stage_made_resolves_by_its_place(measured: Path, capsys: pytest
     assert judged <= {"The answer is kind .", "it hurts no neighbour"}
     with pytest.raises(ValueError, match=rf"'nowhere#0': no record of .*{amended} has this id"):
         tracer.trace(f"{amended}/nowhere#0")
+
+
+def test_preferences_that_a_file_gave_are_kept_and_lead_back_to_their_line(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "reward")
+    shutil.rmtree(run / "ppo")
+    given = [{"prompt": "how do i mend it ?", "chosen": "with care .", "rejected": no} for no in ("no .", "break it .")]
+    write_lines(tmp_path / "people.jsonl", given)
+    recipe = dataclasses.replace(load_recipe(run / "recipe.toml"), helpful_preferences=str(tmp_path / "people.jsonl"))
+    reward = dataclasses.replace(recipe.reward, helpful_ratio=0.1)
+    manifest = run_pipeline(dataclasses.replace(recipe, out=run, reward=reward), ("reward",))["reward"]
+    (tmp_path / "people.jsonl").unlink()
+    kept = list(Ledger(run, "reward/helpful").preferences)
+    assert len(kept) == manifest["counts"]["helpful_pairs"] == 1 and set(kept) < {"people-1", "people-2"}
+    found = Tracer(Ledger(run)).trace(f"reward/helpful/{kept[0]}")
+    [pair] = found["pairs"]
+    assert pair["a"]["text"] == "with care ." and pair["reward"]["model"] == manifest["outputs"]["reward-model"]
+    told = describe(found)
+    assert f"given by    people.jsonl, line {kept[0][-1]}" in told and "trained on, epoch 1 step" in told
+    assert "nothing was trained" not in told and not check(run).problems
+    assert ", 1 of them from a file of preferences, to give" in render(gather(run), ReportConfig())
 
 
 def test_marks_lead_to_the_principle_that_they_were_given_by(finished: Path, tmp_path: Path) -> None:
@@ -204,6 +231,15 @@ def test_the_steps_named_are_those_that_the_trainers_took(
         ]
         own = [[label for label in labels if label != MIXED] for labels in told]
         assert own == claimed_labels(tracer, stage, len(told)) and (own != told) == (stage == "reward")
+        given = Counter(
+            visit["step"]
+            for id in (Ledger(recipe.out, "reward/helpful").preferences if stage == "reward" else ())
+            for visit in tracer.trace(f"reward/helpful/{id}")["pairs"][0]["reward"]["steps"]
+        )
+        assert [len(labels) - len(ours) for labels, ours in zip(told, own, strict=True)] == [
+            given[step] for step in range(len(told))
+        ]
+    assert not check(recipe.out).problems
 
 
 def claimed_texts(tracer: Tracer, steps: int) -> list[Counter[tuple[int, ...]]]:

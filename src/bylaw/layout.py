@@ -20,6 +20,9 @@ AMENDMENTS, AMENDMENT = "amendments", "amendment.json"
 """A folder for each constitution that `bylaw amend` was given, by its hash, and the last file of each."""
 
 
+MIXED_IN = {stage: f"{stage}/helpful" for stage in ("reward", "dpo")}
+"""By stage, the folder of the preferences for helpful answers that a file gave it to train on."""
+
 OF_A_PART = ("chains", "pairs", "preferences", "flips", "answers")
 """Files of records that lie together in such a folder."""
 
@@ -38,10 +41,11 @@ def folder_for(top: Path, file: str, about: Mapping[str, Any]) -> Path:
 
 
 def parts(run: Path) -> list[str]:
-    """What holds records that no stage made, as names in the run: folders of evaluations, judgements and amendments,
-    and single files of answers without their ending.
+    """What holds records that no stage made, as names in the run: folders of evaluations, judgements, amendments and
+    preferences from elsewhere, and single files of answers without their ending.
     """
-    found = [path for top in (EVALUATION, BEHAVIOUR, JUDGED, AMENDMENTS) for path in (run / top).rglob("*.jsonl")]
+    tops = (EVALUATION, BEHAVIOUR, JUDGED, AMENDMENTS, *MIXED_IN.values())
+    found = [path for top in tops for path in (run / top).rglob("*.jsonl")]
     named = [path.parent if path.stem in OF_A_PART else path.with_suffix("") for path in found]
     return sorted({path.relative_to(run).as_posix() for path in named})
 

@@ -50,6 +50,17 @@ def preferred(ledger: Ledger, stage: str) -> dict[str, Fate]:
     return fates
 
 
+def mixed_in(ledger: Ledger, stage: str) -> dict[str, Fate]:
+    """Of each preference that a file gave to `stage`, by id: the steps that trained on it. `ledger` is of that part."""
+    manifest = ledger.manifests.get(stage)
+    if manifest is None:
+        return {}
+    given, counted = list(ledger.preferences), manifest["counts"]
+    _check(manifest, "pairs from elsewhere", len(given), counted["helpful_pairs"])
+    steps = _steps(manifest, counted["train_pairs"])[counted["train_pairs"] - len(given) :]
+    return {id: {"use": "trained on", "steps": of} for id, of in zip(given, steps, strict=True)}
+
+
 def _over_context(ledger: Ledger) -> list[str]:
     labelled = [one for one in ledger.preferences.values() if not one["abstained"]]
     return [one["id"] for one in labelled if pair_of(one, ledger.tokenizer).longest > ledger.context]

@@ -79,7 +79,12 @@ class Ledger:
         kept = [*self.chains.values(), *self.helpful.values()]
         rest = [*self.pairs.values(), *self.preferences.values()]
         named = [(one["id"], one) for one in kept] + [(one["prompt_id"], one) for one in rest]
+        named += [(id, one) for one in rest if (id := self.own_id(one))]
         return drawn | {id: one["prompt"] for id, one in named}
+
+    def own_id(self, pair: Record) -> str:
+        """The id of a pair that a file brought, which is not made of its prompt's, as ours are; "" for ours."""
+        return "" if pair["id"].startswith(f"{pair['prompt_id']}#") else pair["id"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,12 +18,13 @@ from bylaw.constitution.load import decode
 from bylaw.constitution.write import dump_constitution
 from bylaw.inputs import Run, device_of
 from bylaw.judges import judge_hash, judge_reader, server_figures
+from bylaw.layout import MIXED_IN
 from bylaw.lock import only_one
 from bylaw.model.checkpoint import check_model, load_scalar, save_model, save_reward
 from bylaw.model.engine import Engine
 from bylaw.model.engine.stats import Stats
 from bylaw.model.parallel import parallel_program
-from bylaw.model.records import RecordWriter, read_records, sha256_file, write_atomic
+from bylaw.model.records import Record, RecordWriter, encode_record, read_records, sha256_file, write_atomic
 from bylaw.model.sampler import Sampler
 from bylaw.model.settings import SamplingSettings
 from bylaw.preflight import check_device, check_run
@@ -33,7 +34,7 @@ from bylaw.rlaif.config import DPOConfig, RewardConfig
 from bylaw.rlaif.direct import Rater
 from bylaw.rlaif.dpo import train_dpo
 from bylaw.rlaif.label import label
-from bylaw.rlaif.pairs import Pair, mix_helpful, read_helpful, split_pairs
+from bylaw.rlaif.pairs import Pair, draw_helpful, pair_of, read_helpful, split_pairs
 from bylaw.rlaif.ppo import ppo
 from bylaw.rlaif.reader import LocalReader
 from bylaw.rlaif.reward import train_reward
@@ -159,7 +160,7 @@ def run_reward(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         context = check_model(start)[0].max_position_embeddings
-        train, heldout, counts = _pairs(run, preferences, recipe.reward, context)
+        train, heldout, counts = _pairs(run, "reward", preferences, context)
         model = load_scalar(start, recipe.seed, run.device, run.dtype, run.parallel)
         with adapted(run, model, start, folder):
             measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
@@ -178,16 +179,26 @@ def _pair_inputs(run: Run, preferences: Path, start: Path, ratio: float) -> dict
 
 
 def _pairs(
-    run: Run, preferences: Path, config: RewardConfig | DPOConfig, context: int
+    run: Run, stage: Literal["reward", "dpo"], preferences: Path, context: int
 ) -> tuple[list[Pair], list[Pair], dict[str, int]]:
     """Training pairs, the run's own and behind them those that are mixed in; held-out ones; counts."""
+    config: RewardConfig | DPOConfig = getattr(run.recipe, stage)
     tokenizer, seed, ratio = run.tokenizer, run.recipe.seed, config.helpful_ratio
     train, heldout, counts = split_pairs(read_records(preferences), tokenizer, config.heldout_fraction, seed, context)
     if not ratio:
         return train, heldout, counts
     helpful = read_helpful(Path(run.recipe.helpful_preferences))
-    train, mixed = mix_helpful(train, helpful, tokenizer, ratio, seed, context)
+    drawn, mixed = draw_helpful(len(train), helpful, tokenizer, ratio, seed, context)
+    if run.parallel.first:
+        _keep_mixed_in(run.recipe.out / MIXED_IN[stage] / "preferences.jsonl", drawn)
+    train += [pair_of(one, tokenizer) for one in drawn]
     return train, heldout, counts | {"train_pairs": len(train)} | mixed
+
+
+def _keep_mixed_in(path: Path, drawn: Sequence[Record]) -> None:
+    """The run keeps what it trains on, so that a trace finds it when the file has gone."""
+    whole = [{"prompt_id": one["id"], "labels": [], "by": {}} | one for one in drawn]
+    write_atomic(path, "".join(encode_record(one, str(path)).decode() for one in whole))
 
 
 def run_ppo(run: Run) -> dict[str, Any]:
@@ -234,7 +245,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         policy = run.model(start)
-        train, heldout, counts = _pairs(run, preferences, recipe.dpo, policy.config.max_position_embeddings)
+        train, heldout, counts = _pairs(run, "dpo", preferences, policy.config.max_position_embeddings)
         with adapted(run, policy, start, folder):
             measures = train_dpo(policy, train, heldout, folder, recipe.dpo, recipe.seed, run.parallel)
         card = _card(run, "DPO: trained on AI preferences without a reward model")

@@ -56,7 +56,7 @@ class Recipe:
     """
     helpful_preferences: str = ""
     """File of preferences for helpful answers, TRL's or our own records, mixed into the training pairs at
-    reward.helpful_ratio and dpo.helpful_ratio.
+    reward.helpful_ratio and dpo.helpful_ratio. The run keeps those that it takes.
     """
     seed: int = 0
     """Draws everything."""

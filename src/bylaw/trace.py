@@ -6,8 +6,9 @@ An ID is a prompt's id, for everything of it, or
 Prompt ids may look like any of these: `prompt:`, `round:`, `pair:` or `helpful:` in front says what is meant, and the
 last @, # or + in it is then the one that counts.
 
-Records that no stage made, those of evaluations, judgements and amendments, have the name of their place in the run in
-front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID, behaviour/NAME/MODEL/PROMPT+N.
+Records that no stage made, those of evaluations, judgements and amendments, and preferences that a file gave, have the
+name of their place in the run in front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID,
+behaviour/NAME/MODEL/PROMPT+N, reward/helpful/ID.
 """
 
 import difflib
@@ -16,8 +17,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from bylaw.layout import parts
-from bylaw.learned import preferred, supervised
+from bylaw.layout import MIXED_IN, parts
+from bylaw.learned import mixed_in, preferred, supervised
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record
 
@@ -54,8 +55,11 @@ class Tracer:
 
     @cached_property
     def judged(self) -> dict[str, dict[str, Any]]:
-        """By stage, what became of each preference."""
-        return {stage: preferred(self.ledger, stage) for stage in ("reward", "dpo")}
+        """By stage, what became of each preference; nothing is trained on those of a part, but for what a file gave."""
+        if self.ledger.part:
+            given = [stage for stage, part in MIXED_IN.items() if part == self.ledger.part]
+            return {stage: mixed_in(self.ledger, stage) for stage in given}
+        return {stage: preferred(self.ledger, stage) for stage in MIXED_IN}
 
     def trace(self, id: str) -> dict[str, Any]:
         """What is known of an ID, in JSON values; a section is there where it has something.
@@ -179,7 +183,7 @@ class Tracer:
     def _pairs_of(self, prompt: str, number: int | None) -> list[Record]:
         """The pairs of a prompt, labelled where they are."""
         merged = self.ledger.pairs | self.ledger.preferences
-        known = [one for one in merged.values() if one["prompt_id"] == prompt]
+        known = [one for one in merged.values() if prompt in (one["prompt_id"], self.ledger.own_id(one))]
         return [one for one in known if number is None or one["id"] == f"{prompt}#{number}"]
 
     def _pair(self, one: Record) -> dict[str, Any]:
@@ -189,13 +193,13 @@ class Tracer:
         by = {key: value for key, value in one["by"].items() if key != "pairs_by"}
         kept = {key: one[key] for key in ("p_a", "unclamped", "abstained", "shots") if key in one}
         told["label"] = kept | {"by": by, "readings": [self._reading(reading, by) for reading in one["labels"]]}
-        return told if self.ledger.part else told | self._uses(one)
+        return told | self._uses(one)
 
     def _uses(self, one: Record) -> dict[str, Any]:
         """What reward model and DPO made of a preference."""
         told: dict[str, Any] = {}
         for stage, output in (("reward", "reward-model"), ("dpo", "dpo-cai")):
-            if stage in self.ledger.manifests:
+            if stage in self.ledger.manifests and stage in self.judged:
                 model = self.ledger.manifests[stage]["outputs"][output]
                 told[stage] = self.judged[stage][one["id"]] | {"model": model}
                 if self.ledger.manifests[stage]["config"].get("hard_labels"):

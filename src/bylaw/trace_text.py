@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bylaw.layout import MIXED_IN
+
 Told = Mapping[str, Any]
 
 
@@ -10,7 +12,8 @@ def describe(found: Told) -> str:
     """A trace (bylaw.trace) as lines that a person reads."""
     lines = [*_prompt(found["prompt"])]
     if "part" in found:
-        lines.append(_line("part of", f"{found['part']}, on which nothing was trained"))
+        given = found["part"] in MIXED_IN.values()
+        lines.append(_line("part of", found["part"] + ("" if given else ", on which nothing was trained")))
     if "question" in found:
         lines += _question(found["question"])
     if "chain" in found:
@@ -110,6 +113,9 @@ def _principle(principle: Told) -> Iterator[str]:
 
 
 def _by(by: Told) -> Iterator[str]:
+    if "source" in by:
+        yield _line("given by", f"{by['source']}, line {by['line']}")
+        return
     drawn = ", ".join(f"{name} {value}" for name, value in by.get("sampling", {}).items())
     yield _line(
         "drawn by", f"model {str(by.get('model'))[:16]}, seed {by.get('seed')}" + (f", {drawn}" if drawn else "")

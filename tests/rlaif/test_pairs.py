@@ -8,7 +8,7 @@ import pytest
 from bylaw.model.records import Record
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.config import RewardConfig
-from bylaw.rlaif.pairs import Pair, hardened, mix_helpful, read_helpful
+from bylaw.rlaif.pairs import Pair, draw_helpful, hardened, pair_of, read_helpful
 
 
 def preference(id: str, p_a: float | None = 0.9) -> Record:
@@ -19,27 +19,26 @@ def preference(id: str, p_a: float | None = 0.9) -> Record:
 
 @pytest.mark.parametrize("ratio,taken,missing", [(0.5, 10, 0), (0.2, 2, 0), (0.8, 30, 10)])
 def test_a_share_of_the_pairs_is_helpful_ones(tokenizer: Tokenizer, ratio: float, taken: int, missing: int) -> None:
-    train = [Pair([1, n], [2, n], 0.7) for n in range(10 if ratio != 0.2 else 8)]
+    count = 10 if ratio != 0.2 else 8
     helpful = [preference(f"h{n}", 0.9 + n / 1000) for n in range(30)] + [preference("none", None)]
-    mixed, counts = mix_helpful(train, helpful, tokenizer, ratio, seed=1, context=100)
+    drawn, counts = draw_helpful(count, helpful, tokenizer, ratio, seed=1, context=100)
     assert counts == {"helpful_pairs": taken, "helpful_over_context": 0, "helpful_pairs_missing": missing}
-    assert mixed[: len(train)] == train and len(mixed) == len(train) + taken
-    assert missing or taken == round(ratio * len(mixed))
-    again, _ = mix_helpful(train, helpful[::-1], tokenizer, ratio, seed=1, context=100)
-    assert again == mixed  # by ids, not by places
+    assert len(drawn) == taken and all(one in helpful for one in drawn)
+    assert missing or taken == round(ratio * (count + taken))
+    again, _ = draw_helpful(count, helpful[::-1], tokenizer, ratio, seed=1, context=100)
+    assert again == drawn  # by ids, not by places
     if not missing:
-        assert mix_helpful(train, helpful, tokenizer, ratio, seed=2, context=100)[0] != mixed
+        assert draw_helpful(count, helpful, tokenizer, ratio, seed=2, context=100)[0] != drawn
 
 
 def test_helpful_pairs_longer_than_the_context_make_room_for_others(tokenizer: Tokenizer) -> None:
-    train = [Pair([1, n], [2, n], 0.7) for n in range(10)]
     helpful = [preference(f"h{n}") for n in range(30)]
     longer = [one | {"a": one["a"] | {"ids": [20] * 50}} if n % 2 else one for n, one in enumerate(helpful)]
-    size = max(len(pair.a) for pair in mix_helpful(train, helpful, tokenizer, 0.5, seed=1, context=100)[0])
-    mixed, counts = mix_helpful(train, longer, tokenizer, 0.5, seed=1, context=size)
-    assert len(mixed) == 20 and all(pair.longest <= size for pair in mixed)
+    size = max(pair_of(one, tokenizer).longest for one in draw_helpful(10, helpful, tokenizer, 0.5, 1, 100)[0])
+    drawn, counts = draw_helpful(10, longer, tokenizer, 0.5, seed=1, context=size)
+    assert len(drawn) == 10 and all(pair_of(one, tokenizer).longest <= size for one in drawn)
     assert counts["helpful_pairs"] == 10 and 0 < counts["helpful_over_context"] <= 15
-    every = mix_helpful(train, longer, tokenizer, 0.8, seed=1, context=size)[1]
+    every = draw_helpful(10, longer, tokenizer, 0.8, seed=1, context=size)[1]
     assert every == {"helpful_pairs": 15, "helpful_over_context": 15, "helpful_pairs_missing": 25}
 
 

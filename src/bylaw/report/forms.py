@@ -68,7 +68,7 @@ METRICS = {"step": NUMBER} | optional(
     "objective/entropy", "val/response_tokens", "val/ended", "collapse/alarms",
 )  # fmt: skip
 COUNTS = optional(
-    NUMBER, "helpful", "revisions", "steps", "train_pairs", "heldout_pairs", "episodes", "iterations",
+    NUMBER, "helpful", "helpful_pairs", "revisions", "steps", "train_pairs", "heldout_pairs", "episodes", "iterations",
     "heldout_accuracy", "heldout_sure_accuracy", "heldout_ece", "empty_revisions", "cut_revisions", "empty_helpful",
     "cut_helpful", "marked_revisions", "over_context", "pairs_over_context", "helpful_pairs_over_context",
 ) | {"heldout_reliability?": _bins}  # fmt: skip

@@ -162,7 +162,7 @@ def _reward(stage: StageFacts) -> str:
     if stage.state != "finished":
         return ""
     pairs, heldout = (many(counts.get(f"{name}_pairs", 0), "pair") for name in ("train", "heldout"))
-    told = f"A reward model learnt from {pairs} to give the score that the labels would give."
+    told = f"A reward model learnt from {pairs}{_given(counts)} to give the score that the labels would give."
     sure = counts.get("heldout_sure_accuracy")
     accuracy = counts.get("heldout_accuracy") if sure is None else sure
     if accuracy is None:
@@ -171,6 +171,11 @@ def _reward(stage: StageFacts) -> str:
         f"{told} Of {heldout} that it had not seen it agrees with {percent(accuracy)} of the labels that prefer an "
         f"answer{'' if sure is None else ', each counted by how sure it is'}."
     )
+
+
+def _given(counts: Any) -> str:
+    """How many pairs came with no label of the run's judge."""
+    return f", {counts['helpful_pairs']:,} of them from a file of preferences," if counts.get("helpful_pairs") else ""
 
 
 def _ppo(run: RunFacts) -> str:
@@ -191,7 +196,7 @@ def _dpo(stage: StageFacts) -> str:
     if stage.state != "finished":
         return ""
     pairs, heldout = (many(counts.get(f"{name}_pairs", 0), "pair") for name in ("train", "heldout"))
-    told = f"The model learnt from {pairs} directly, without a reward model."
+    told = f"The model learnt from {pairs}{_given(counts)} directly, without a reward model."
     accuracy = counts.get("heldout_accuracy")
     if accuracy is not None:
         told += f" Of {heldout} that it had not seen it prefers what the label prefers in {percent(accuracy)}."
