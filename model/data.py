@@ -55,7 +55,7 @@ def read_prompts(path: str | Path, limit: int = 0) -> PromptSet:
     """The prompts of a JSONL file, plain or gzipped (.gz); at most the first `limit`, 0 for all.
 
     A line is one of
-      {"prompt": text}, with the answer as "completion" if it has one,
+      {"prompt": text}, with the answer as "completion" if it has one; both may be lists of messages, as TRL has them,
       {"messages": [...]}, whose last turn is the answer if the assistant speaks it,
       {"chosen": text, "rejected": text} as in hh-rlhf (arXiv 2204.05862): the prompt is everything before the last
         assistant turn, the answer is how `chosen` ends ("" where that turn is empty).
@@ -130,17 +130,21 @@ def _read_prompt(record: Record, id: str, where: str) -> Prompt | str:
     if form == "chosen":
         return _read_comparison(record, id, where)
     messages = record["messages"] if form == "messages" else _read_completion(record, where)
-    check_messages(messages, where, last="")
+    check_messages(messages, where, last="assistant" if "completion" in record else "")
     answered = messages[-1]["role"] == "assistant"
     return Prompt(id, messages[:-1], messages[-1]["content"]) if answered else Prompt(id, messages)
 
 
 def _read_completion(record: Record, where: str) -> list[dict[str, str]]:
+    """Prompt and answer, each a text, or as TRL's conversational form has them, each a list of messages."""
     turns = {"prompt": "user", "completion": "assistant"}
-    for key in turns.keys() & record.keys():
-        if not isinstance(record[key], str) or not record[key].strip():
-            raise ValueError(f"{where}: {key} = {record[key]!r:.40}; allowed: text that is not empty")
-    return [{"role": role, "content": record[key]} for key, role in turns.items() if key in record]
+    given = {key: record[key] for key in turns if key in record}
+    if all(isinstance(value, list) for value in given.values()):
+        return [message for messages in given.values() for message in messages]
+    for key, value in given.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: {key} = {value!r:.40}; allowed: text that is not empty")
+    return [{"role": turns[key], "content": value} for key, value in given.items()]
 
 
 def _read_comparison(record: Record, id: str, where: str) -> Prompt | str:

@@ -5,12 +5,15 @@ from typing import Any
 
 from bylaw.report.words import duration, many, number, percent
 
+NARROW = "\u202f"  # the space of the report's numbers, which many terminals have no glyph for
+
 
 def stage_line(manifest: Mapping[str, Any]) -> str:
     """One line: what was made, what was left out and why, and how long it took."""
     name, counts = manifest["stage"], manifest["counts"]
     parts = [part for part in _TOLD[name](counts) if part] if name in _TOLD else []
-    return f"{name}: {', '.join(parts) or 'done'}, in {duration(manifest['seconds'])}"
+    line = f"{name}: {', '.join(parts) or 'done'}, in {duration(manifest['seconds'])}"
+    return line.replace(NARROW, " ")
 
 
 def next_commands(out: object) -> str:
@@ -54,11 +57,11 @@ def _label(counts: Mapping[str, Any]) -> list[str]:
 def _learnt(counts: Mapping[str, Any]) -> list[str]:
     sure = counts.get("heldout_sure_accuracy")
     share = counts.get("heldout_accuracy") if sure is None else sure
-    weighed = "" if sure is None else " by how sure they are"
-    agrees = f"with {percent(share)} of whose labels it agrees{weighed}"
+    weighed = "" if sure is None else " by how sure those are"
+    told = f": it agrees with {percent(share)} of their labels{weighed}"
     return [
         f"{many(counts['train_pairs'], 'pair')} in {many(counts['steps'], 'step')}",
-        f"{counts['heldout_pairs']:,} held out, {agrees}",
+        f"{counts['heldout_pairs']:,} held out{told}",
         *_left(counts, "abstained", "over_context", "helpful_over_context", "helpful_pairs_missing"),
     ]
 

@@ -35,6 +35,8 @@ def test_every_form_makes_a_prompt(tmp_path: Path, name: str) -> None:
         {"messages": [system, user("a"), assistant("b"), user("c")]},
         {"messages": [user("a"), assistant("b")], "id": "mine"},
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
+        {"prompt": [system, user("a")], "completion": [assistant("b")]},
+        {"prompt": [user("a"), assistant("b"), user("c")]},
     )
     found = read_prompts(path)
     assert found.prompts == [
@@ -43,8 +45,10 @@ def test_every_form_makes_a_prompt(tmp_path: Path, name: str) -> None:
         Prompt("set-3", [system, user("a"), assistant("b"), user("c")]),
         Prompt("mine", [user("a")], "b"),
         Prompt("set-5", [user("q")], "yes"),
+        Prompt("set-6", [system, user("a")], "b"),
+        Prompt("set-7", [user("a"), assistant("b"), user("c")]),
     ]
-    assert found.skipped == [] and found.summary() == "5 prompts" and len(found) == 5
+    assert found.skipped == [] and found.summary() == "7 prompts" and len(found) == 7
 
 
 def test_limit_takes_the_first_and_reads_no_further(tmp_path: Path) -> None:
@@ -64,7 +68,11 @@ def test_limit_takes_the_first_and_reads_no_further(tmp_path: Path) -> None:
         ('{"prompt": "\\ud800"}', "not JSON"),
         ({"prompt": ""}, "prompt = ''"),
         ({"prompt": " \n"}, "prompt = "),
-        ({"prompt": ["a"]}, "prompt = "),
+        ({"prompt": ["a"]}, "message 1: 'a'"),
+        ({"prompt": []}, "messages = "),
+        ({"prompt": [user("a")], "completion": "b"}, "prompt = "),
+        ({"prompt": [user("a")], "completion": [user("b")]}, "message 2 has the role 'user'"),
+        ({"prompt": [user("a")], "completion": []}, "the last message has the role 'user'"),
         ({"prompt": "a", "completion": ""}, "completion = ''"),
         ({"promt": "a"}, "unknown key 'promt'; did you mean 'prompt'"),
         ({"Prompt": "a"}, "did you mean 'prompt'"),
