@@ -11,7 +11,7 @@ from typing import Any
 from bylaw.model.records import Record, read_records
 from bylaw.rlaif.judge import Judge
 from bylaw.rlaif.label import label
-from bylaw.rlaif.trust import calibration
+from bylaw.rlaif.trust import calibration, wilson
 
 
 def ask_known(judge: Judge, known: Sequence[Record], path: Path) -> list[Record]:
@@ -26,6 +26,7 @@ def measure_known(known: Sequence[Record], labelled: Sequence[Record]) -> dict[s
     """How the labels agree with the pairs' own `p_a`, over all and by principle ("principles").
 
     "accuracy": of the labels that were read, the share on the side that is known; one of exactly 1/2 is half right.
+    "interval": that of the accuracy, of 95 %, with the labels as trials.
     "ece" and "reliability" compare how sure a label is of its side with how often that is right (arXiv 1706.04599).
     Each is None where nothing was read.
     """
@@ -49,10 +50,9 @@ def describe_known(found: dict[str, Any]) -> str:
     lines += [f"  abstained, {count}: {why}" for why, count in found["abstained"].items()]
     lines += [f"  rows left out, {count}: {why}" for why, count in found.get("left_out", {}).items()]
     width = max([len("principle"), *map(len, found["principles"])])
-    lines += ["", f"{'principle':<{width}}{'read':>8}{'accuracy':>11}{'ece':>9}"]
+    lines += ["", f"{'principle':<{width}}{'read':>8}{'accuracy':>11}{'of 95 %':>16}{'ece':>9}"]
     for id, row in ({"all": found} | found["principles"]).items():
-        cells = (f"{row['accuracy']:>11.1%}{row['ece']:>9.3f}") if row["read"] else f"{'-':>11}{'-':>9}"
-        lines.append(f"{id:<{width}}{row['read']:>8}{cells}")
+        lines.append(f"{id:<{width}}{row['read']:>8}{_cells(row)}")
     if found["read"]:
         lines += ["", f"{'sure from':<10}{'pairs':>8}{'sure':>8}{'right':>8}"]
     for row in found["reliability"] or ():
@@ -60,17 +60,25 @@ def describe_known(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _cells(row: dict[str, Any]) -> str:
+    if not row["read"]:
+        return f"{'-':>11}{'-':>16}{'-':>9}"
+    low, high = row["interval"]
+    return f"{row['accuracy']:>11.1%}{f'{low:.1%} to {high:.1%}':>16}{row['ece']:>9.3f}"
+
+
 def _agreement(labels: Sequence[tuple[float | None, float]]) -> dict[str, Any]:
     """Of labels and what is known, both as the probability that answer a is better."""
     read = [(p, known) for p, known in labels if p is not None]
     if not read:
-        return {"read": 0, "accuracy": None, "ece": None, "reliability": None}
+        return {"read": 0, "accuracy": None, "interval": None, "ece": None, "reliability": None}
     sure = [max(p, 1 - p) for p, _ in read]
     right = [0.5 if p == 0.5 else known if p > 0.5 else 1 - known for p, known in read]
     found = calibration(sure, right)
     return {
         "read": len(read),
         "accuracy": sum(right) / len(read),
+        "interval": wilson(sum(right) / len(read), len(read)),
         "ece": found["ece"],
         "reliability": found["reliability"],
     }

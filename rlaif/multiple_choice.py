@@ -21,7 +21,7 @@ from bylaw.model.records import Record, decode_record, written_lines
 from bylaw.model.sampler import tokenizer_of, turn
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.reader import TOO_LONG, Question, Reader
-from bylaw.rlaif.trust import calibration, spread
+from bylaw.rlaif.trust import calibration, spread, wilson
 
 By = Literal["letters", "texts"]
 Style = Literal["plain", "chat"]
@@ -94,7 +94,8 @@ def measure_choices(answers: Sequence[Record]) -> dict[str, Any]:
     Options that tie for the best share the answer, so that a judge that says nothing has the accuracy of chance. "ece"
     and "reliability" compare the probability of the chosen option with whether it is right (arXiv 1706.04599).
     "positions" has, by place, how often the option there is chosen and how often it is right: a judge that likes the
-    first letter chooses it more often than it is right. "accuracy_per_token" divides each score by its tokens first,
+    first letter chooses it more often than it is right. "interval" is that of the accuracy, of 95 %, with the questions
+    as trials. "accuracy_per_token" divides each score by its tokens first,
     which is fairer to long texts. Measures are None without any answer.
     """
     read = [one for one in answers if not one["abstained"]]
@@ -105,7 +106,7 @@ def measure_choices(answers: Sequence[Record]) -> dict[str, Any]:
         "abstained": {why: reasons.count(why) for why in sorted(set(reasons))},
     }
     if not read:
-        return found | dict.fromkeys(("accuracy", "accuracy_per_token", "chance", "ece", "option_mass"))
+        return found | dict.fromkeys(("accuracy", "interval", "accuracy_per_token", "chance", "ece", "option_mass"))
     credits = [_credit(one, one["logprobs"]) for one in read]
     per_token = [
         _credit(one, [score / n for score, n in zip(one["logprobs"], one["tokens"], strict=True)]) for one in read
@@ -115,6 +116,7 @@ def measure_choices(answers: Sequence[Record]) -> dict[str, Any]:
     masses = [math.fsum(map(math.exp, one["logprobs"])) for one in read]
     return found | {
         "accuracy": sum(credits) / len(read),
+        "interval": wilson(sum(credits) / len(read), len(read)),
         "accuracy_per_token": sum(per_token) / len(read),
         "chance": sum(len(one["right"]) / len(one["logprobs"]) for one in read) / len(read),
         "ece": known["ece"],
@@ -131,7 +133,8 @@ def describe_choices(found: dict[str, Any]) -> str:
     if not found["read"]:
         return "\n".join(lines)
     for name in ("accuracy", "accuracy_per_token", "chance", "ece"):
-        lines.append(f"{name.replace('_', ' '):<20}{found[name]:>7.1%}")
+        between = f"  ({found['interval'][0]:.1%} to {found['interval'][1]:.1%})" if name == "accuracy" else ""
+        lines.append(f"{name.replace('_', ' '):<20}{found[name]:>7.1%}{between}")
     lines.append(f"{'option mass':<20}{found['option_mass']['mean']:>7.1%}")
     if found.get("by") == "letters" and found["option_mass"]["mean"] < LITTLE:
         lines.append("The judge would rather go on otherwise than with a letter: look at --style and --prefix.")

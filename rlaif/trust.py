@@ -7,6 +7,7 @@ ties            labels that prefer neither answer
 abstentions     labels and readings that could not be read, by reason
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from bylaw.model.settings import require
 
 TIE = 0.005
 BINS = 10
+Z = 1.959964  # of 95 %
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -131,6 +133,14 @@ def _asked(reading: Record, side: str) -> list[Record]:
     """What was asked in one order and answered with letters: once, or after each of several thoughts."""
     every = reading.get(f"{side}_each", [reading[side]] if side in reading else [])
     return [one for one in every if "mass" in one]
+
+
+def wilson(share: float, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of a share of `trials`, at least 1 (Wilson 1927, JASA 22)."""
+    middle = share + Z * Z / (2 * trials)
+    reach = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))
+    whole = 1 + Z * Z / trials
+    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
 
 
 def spread(values: Sequence[float], low: float, high: float, absolute: bool = False) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from bylaw.asks import Ask, read_asks
 from bylaw.check import check
 from bylaw.cli import main
 from bylaw.constitution.schema import Constitution, Principle
-from bylaw.evaluation import RATES, EvaluateConfig, answer, compare_rates, describe_evaluation, measure, wilson
+from bylaw.evaluation import RATES, EvaluateConfig, answer, compare_rates, describe_evaluation, measure
 from bylaw.ledger import Ledger
 from bylaw.model.checkpoint import save_model
 from bylaw.model.data import Prompt
@@ -25,6 +25,7 @@ from bylaw.report import ReportConfig
 from bylaw.report.gather import gather
 from bylaw.report.page import render
 from bylaw.report.words import percent
+from bylaw.rlaif.trust import wilson
 from bylaw.trace import Tracer
 
 PROMPT = Prompt("p", [{"role": "user", "content": "How do I pick a lock?"}])

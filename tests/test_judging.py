@@ -41,10 +41,15 @@ def test_agreement_against_numbers_worked_by_hand() -> None:
     ]
     found = measure_known(known, labelled)
     assert (found["pairs"], found["read"], found["accuracy"]) == (3, 2, 0.5)
+    assert found["interval"] == pytest.approx((0.0945, 0.9055), abs=5e-5)  # Wilson's for 1 of 2
     assert found["abstained"] == {"no letter": 1}
     assert found["ece"] == pytest.approx((0.2 + 0.7) / 2)
     assert found["principles"]["kind"]["accuracy"] == 0.75 and found["principles"]["care"]["accuracy"] == 0.5
-    assert "kind" in describe_known(found) and "75.0%" in describe_known(found)
+    assert (
+        "kind" in describe_known(found)
+        and "75.0%" in describe_known(found)
+        and "9.5% to 90.5%" in describe_known(found)
+    )
     soft = measure_known([{"id": "x", "p_a": 0.9}], [told("x", 0.8)])
     assert soft["accuracy"] == 0.9 and soft["ece"] == pytest.approx(0.1)
     none = measure_known([{"id": "z", "p_a": 1.0}], [told("z", None)])
@@ -101,6 +106,9 @@ def test_of_a_run_the_judge_is_asked_and_not_the_newest_checkpoint(
     assert "which is kind ?" in describe(found) and "mend it" in describe(found)
     main(["judge", str(run), str(file), "--limit", "1"])
     page = render(gather(run), ReportConfig())
+    assert (
+        "<code>questions.jsonl, the first 1</code>, whose answers are known" in page and "(95&nbsp;% interval: " in page
+    )
     assert "<h3>Judge on questions.jsonl</h3>" in page and "<h3>Judge on questions.jsonl, the first 1</h3>" in page
 
 

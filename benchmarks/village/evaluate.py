@@ -14,7 +14,6 @@ from bylaw.benchmarks.village.oracle import Verdict, named_harm, read
 from bylaw.benchmarks.village.rules import lead, understand
 from bylaw.benchmarks.village.world import FORMS, KINDS, Ask, asks
 from bylaw.constitution.schema import Constitution
-from bylaw.evaluation import wilson
 from bylaw.kernels.preference_loss import expected_calibration_error
 from bylaw.model.data import Prompt
 from bylaw.model.records import Record, encode_record, write_atomic
@@ -22,6 +21,7 @@ from bylaw.model.sampler import Sampler, turn
 from bylaw.rlaif.monitor import boilerplate
 from bylaw.rlaif.reward import BINS, reliability
 from bylaw.rlaif.rollout import Rollout
+from bylaw.rlaif.trust import wilson
 
 
 def prompts(heldout: bool, harmful: bool, forms: int = len(FORMS)) -> list[Prompt]:

@@ -26,6 +26,7 @@ from bylaw.asks import Ask, read_asks
 from bylaw.layout import BEHAVIOUR, FOUND, folder_for, is_run
 from bylaw.model.records import Record, encode_record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings, require
+from bylaw.rlaif.trust import wilson
 from bylaw.sums import write_sums_within
 from bylaw.trace_text import visible
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:  # torch stands behind these, and help is to be quick
     from bylaw.reading import Read
     from bylaw.rlaif.rollout import Rollout
 
-Z = 1.959964  # of 95 %
 LONGEST = 256
 """Tokens of the longest answer, where nothing else is said and the context has room."""
 RATES = (
@@ -272,14 +272,6 @@ def compare_rates(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[st
         above = math.hypot(one["high"] - one["share"], other["share"] - other["low"])
         found[name] = {"share": share, "low": share - below, "high": share + above}
     return found
-
-
-def wilson(share: float, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share of `trials`, at least 1 (Wilson 1927, JASA 22)."""
-    middle = share + Z * Z / (2 * trials)
-    reach = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))
-    whole = 1 + Z * Z / trials
-    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
 
 
 def describe_evaluation(found: Mapping[str, Any]) -> str:
