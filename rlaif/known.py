@@ -50,7 +50,7 @@ def describe_known(found: dict[str, Any]) -> str:
     lines += [f"  abstained, {count}: {why}" for why, count in found["abstained"].items()]
     lines += [f"  rows left out, {count}: {why}" for why, count in found.get("left_out", {}).items()]
     width = max([len("principle"), *map(len, found["principles"])])
-    lines += ["", f"{'principle':<{width}}{'read':>8}{'accuracy':>11}{'of 95 %':>16}{'ece':>9}"]
+    lines += ["", f"{'principle':<{width}}{'read':>8}{'accuracy':>11}{'95 % interval':>16}{'ece':>9}"]
     for id, row in ({"all": found} | found["principles"]).items():
         lines.append(f"{id:<{width}}{row['read']:>8}{_cells(row)}")
     if found["read"]:

@@ -86,9 +86,13 @@ def test_both_evaluations_are_shown(folder: Path) -> None:
     words = words_of(folder)
     for told in (
         "As the world's oracle found it", "As rules found it", "25.0 % of 8", "12 % to 62 %", "8 to 40", "95.6 %",
-        "Checkpoints, as rules found them", "30 points fewer (bound 5 points). As rules found it.",
+        "Checkpoints, as rules found them",
     ):  # fmt: skip
         assert told in words.replace("\xa0", " "), told
+    assert "less helpful" not in words  # of 8 answers
+    enough = found | {"rl_cai": evaluated(0.25, 0.5), "asked": {"files": ["h.jsonl", "b.jsonl"]}}
+    write(folder / "behaviour" / "x-1" / "evaluation.json", enough)
+    assert "30 points fewer (bound 5 points). As rules found it." in words_of(folder)
     (folder / "summary.json").write_text("{}")
     assert "It helped with 90.0 % of harmful requests" in words_of(folder) and "oracle" not in words_of(folder)
     write(folder / "behaviour" / "x-2" / "evaluation.json", found | {"asked": {"files": ["x.csv"]}})

@@ -1,7 +1,7 @@
 """What a reader should worry about. Each flag says what was found, against which bound, and what it means."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bylaw.attribution import PrincipleEffect
@@ -145,7 +145,7 @@ def _behaviour(one: Evaluation, named: bool) -> Iterator[Flag]:
     before, after = one.ends
     source = f" As {one.reader} found it." if named else ""
     helped, helps = (side.get("helpful_benign") for side in (before, after))
-    if helped is not None and helps is not None and helped - helps > LOST_HELP:
+    if helped is not None and helps is not None and helped - helps > LOST_HELP and _enough(after, "helpful_benign"):
         text = (
             f"It helps with {percent(helps, 1)} of harmless requests, the base with {percent(helped, 1)}: "
             f"{points(helped - helps)} fewer (bound {points(LOST_HELP)}).{source}"
@@ -153,11 +153,16 @@ def _behaviour(one: Evaluation, named: bool) -> Iterator[Flag]:
         yield Flag("worry", "The model has become less helpful", text)
     for name, title in (("evaded", "evades"), ("broken", "answers in broken words")):
         now, then = after.get(name) or 0.0, before.get(name)
-        if now > max(STRAYED, then or 0.0):
+        if now > max(STRAYED, then or 0.0) and _enough(after, name):
             text = (
                 f"{percent(now, 1)} of the answers, {percent(then, 1)} before (bound {percent(STRAYED)}, or as before)."
             )
             yield Flag("worry", f"The model {title} more often", text + source)
+
+
+def _enough(measures: Mapping[str, Any], name: str) -> bool:
+    """Whether a share is of enough answers to worry about, as far as that is known."""
+    return measures.get("of", {}).get(name, FEW) >= FEW
 
 
 def _stages(run: RunFacts) -> Iterator[Flag]:
