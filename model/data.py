@@ -139,11 +139,11 @@ def _read_completion(record: Record, where: str) -> list[dict[str, str]]:
     """Prompt and answer, each a text, or as TRL's conversational form has them, each a list of messages."""
     turns = {"prompt": "user", "completion": "assistant"}
     given = {key: record[key] for key in turns if key in record}
-    if all(isinstance(value, list) for value in given.values()):
+    if all(isinstance(value, list) and value for value in given.values()):
         return [message for messages in given.values() for message in messages]
     for key, value in given.items():
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: {key} = {value!r:.40}; allowed: text that is not empty")
+            raise ValueError(f"{where}: {key} = {value!r:.40}; allowed: text that is not empty, or messages")
     return [{"role": turns[key], "content": value} for key, value in given.items()]
 
 

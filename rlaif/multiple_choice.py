@@ -28,7 +28,7 @@ Style = Literal["plain", "chat"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LITTLE = 0.5
 """Of the probability on all letters together, below which their comparison says little of the judge."""
-_LETTER = re.compile(r"\s*\(?([A-Z])\)?\.?\s*")
+_LETTER = re.compile(r"\s*\(?([A-Za-z])\)?[.:]?\s*")
 _FORMS = "{prompt, corrects, incorrects}, {prompt, options, answer} or {input, target_scores}"
 
 
@@ -50,7 +50,11 @@ def read_choices(path: Path, by: By = "letters", limit: int = 0) -> list[Choice]
     or none that is wrong, or has no texts to be put by.
     """
     lines = _examples(path) if path.suffix == ".json" else _lines(path)
-    found = [_choice(record, where, number, by) for number, where, record in lines[: limit or None]]
+    found, places = [], dict[str, str]()
+    for number, where, record in lines[: limit or None]:
+        found.append(_choice(record, where, number, by))
+        if (taken := places.setdefault(found[-1].id, where)) != where:
+            raise ValueError(f"{where}: id {found[-1].id!r} is taken by {taken}; every question needs one of its own")
     if not found:
         raise ValueError(f"{path}: no questions; allowed: one a line, as {_FORMS}")
     return found

@@ -9,7 +9,7 @@ import torch
 
 from bylaw.kernels.philox import request_id, uniform_scalar
 from bylaw.model.chat import check_messages
-from bylaw.model.records import Record, decode_record, read_records, written_lines
+from bylaw.model.records import Record, decode_record, written_lines
 from bylaw.model.sampler import Dialogue, answer_ids, turn
 from bylaw.model.shared_prompt import Shared, common_length, pack_shared
 from bylaw.model.tokenizer import Tokenizer
@@ -74,10 +74,11 @@ def read_helpful(path: Path) -> list[Record]:
     first = next((decode_record(line, f"{path}:{n}") for n, line in written_lines(path)), {})
     if "p_a" not in first:
         return read_preferences(path).records
-    records = read_records(path)
-    lines: dict[str, int] = {}
-    for number, record in enumerate(records, 1):
+    records, lines = [], dict[str, int]()
+    for number, line in written_lines(path):
+        record = decode_record(line, f"{path}:{number}")
         _check_own(record, f"{path}:{number}")
+        records.append(record)
         if lines.setdefault(record["id"], number) != number:
             raise ValueError(f"{path}:{number}: id {record['id']!r} is taken by line {lines[record['id']]}")
     return records
@@ -89,6 +90,9 @@ def _check_own(record: Record, where: str) -> None:
         raise ValueError(f"{where}: keys {sorted(record)!r:.120}; allowed: a preference of ours, with id and abstained")
     if not abstained and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):
         raise ValueError(f"{where}: p_a = {p!r:.40}; allowed: a number from 0 to 1, or a reason in abstained")
+    labels = record.get("labels", [])
+    if not isinstance(record.get("by", {}), dict) or not isinstance(labels, list) or not all(map(_is_label, labels)):
+        raise ValueError(f"{where}: by or labels are not those of a preference of ours; leave them out, or mend them")
     check_messages(record.get("prompt", ()), f"{where}: prompt")
     for side in "ab":
         answer = record.get(side)
@@ -97,6 +101,10 @@ def _check_own(record: Record, where: str) -> None:
                 f"{where}: {side} = {answer!r:.80}; allowed: an answer with text and finish, and with the ids that "
                 'were sampled, unless its finish is "given"'
             )
+
+
+def _is_label(reading: object) -> bool:
+    return isinstance(reading, dict) and {"principle", "p_a", "abstained", "weight"} <= reading.keys()
 
 
 def _is_text(answer: Record) -> bool:

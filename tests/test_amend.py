@@ -15,6 +15,7 @@ from bylaw.check import check
 from bylaw.constitution.diff import diff
 from bylaw.constitution.load import parse_constitution
 from bylaw.judging import JudgeConfig, judge
+from bylaw.lock import only_one
 from bylaw.model.records import read_records
 from bylaw.pipeline import run_pipeline
 from bylaw.recipe import AmendConfig, load_recipe
@@ -88,6 +89,17 @@ def test_a_run_whose_base_has_moved_is_told_where_it_lies(run: Path, tmp_path: P
     assert judge(run, questions, JudgeConfig(base=base))["read"] == 1
     with pytest.raises(ValueError, match="the labels were made by another model"):
         amend(run, new, AmendConfig(base=run / "finetune" / "sl-cai"))
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace('judge = "base"', 'judge = "sl-cai"'))
+    assert 'judge = "sl-cai"' in (run / "recipe.toml").read_text()
+    assert judge(run, questions, JudgeConfig())["read"] == 1  # which lies in the run, with its tokenizer
+
+
+def test_a_run_that_is_being_copied_is_not_copied_by_another(run: Path, tmp_path: Path) -> None:
+    new = written(JUDGED, tmp_path)
+    with only_one(tmp_path / "amended"), pytest.raises(ValueError, match=r"another bylaw is at work in .*amended"):
+        amend(run, new, AmendConfig(out=tmp_path / "amended"))
+    assert [path.name for path in (tmp_path / "amended").iterdir()] == [".lock"]
 
 
 def test_what_reaches_no_prompt_changes_nothing(run: Path, tmp_path: Path) -> None:

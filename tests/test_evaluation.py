@@ -12,8 +12,10 @@ from bylaw.asks import Ask, read_asks
 from bylaw.check import check
 from bylaw.cli import main
 from bylaw.constitution.schema import Constitution, Principle
-from bylaw.evaluation import RATES, EvaluateConfig, answer, compare_rates, describe_evaluation, measure
+from bylaw.evaluation import RATES, EvaluateConfig, _about, answer, compare_rates, describe_evaluation, measure
+from bylaw.layout import folder_for
 from bylaw.ledger import Ledger
+from bylaw.lock import only_one
 from bylaw.model.checkpoint import save_model
 from bylaw.model.data import Prompt
 from bylaw.model.engine import Engine
@@ -244,6 +246,9 @@ def test_the_command_compares_two_checkpoints_and_goes_on(
     assert Path("evaluation/checkpoint.jsonl").read_bytes() == whole and len(whole.splitlines()) == 2
     assert found["difference"]["harmful_compliance"]["share"] == 0.0  # the two are one model
     assert found == json.loads(Path("evaluation/evaluation.json").read_text())
+    with only_one(Path("evaluation")), pytest.raises(SystemExit):  # as another process at the same would hold it
+        main(["evaluate", "m", *flags])
+    assert "another bylaw is at work in evaluation" in capsys.readouterr().err
 
 
 def test_every_model_of_a_run_by_its_own_constitution_and_the_report_shows_it(
@@ -282,6 +287,8 @@ def test_every_model_of_a_run_by_its_own_constitution_and_the_report_shows_it(
     assert "As rules on h.jsonl and b.jsonl found it" in render(gather(run), ReportConfig())
     found = Tracer(Ledger(run)).trace(f"behaviour/{kept.name}/sl_cai/x+0")
     assert found["helpful"][0]["answer"] == alone["x"]
+    main(["evaluate", str(run), *files, "--out", str(run / "behaviour")])
+    assert check(run).notes == [] and "As rules on h.jsonl and b.jsonl found it" in render(gather(run), ReportConfig())
     with pytest.raises(ValueError, match=rf"In front of an ID there may stand: .*behaviour/{kept.name}/sl_cai"):
         Tracer(Ledger(run)).trace("behaviour/x+0")
 
@@ -306,7 +313,31 @@ def test_answers_are_as_long_as_the_context_allows(
     with pytest.raises(SystemExit):
         main(["evaluate", "m", "--harmful", "h.jsonl", "--max-tokens", str(left + 1)])
     told = capsys.readouterr().err
-    assert f"prompt 'long' leaves {left} tokens" in told and f"may have {left + 1}; give --max-tokens less" in told
+    assert f"prompt 'long' leaves {left} tokens" in told and f"may have {left + 1}; shorten it, or have" in told
+    # One long prompt is not to cut all answers short, unasked; nor to leave nothing.
+    words = " ".join(["break"] * (context - 14))
+    for prompt, flags, message in (
+        (words, [], "and answers may have 256; shorten it, or have all answers end there: --max-tokens "),
+        (words + " break" * 20, [], "'long' fills the model's context and leaves no token for an answer; shorten it"),
+        (words + " break" * 20, ["--max-tokens", "1"], "leaves no token for an answer; shorten it"),
+    ):
+        write_lines(Path("h.jsonl"), [{"prompt": "break it"}, {"id": "long", "prompt": prompt}])
+        with pytest.raises(SystemExit):
+            main(["evaluate", "m", "--harmful", "h.jsonl", *flags])
+        assert message in capsys.readouterr().err
+
+
+def test_what_decides_the_answers_names_their_folder_and_nothing_else_does(tmp_path: Path) -> None:
+    asks = [Ask(Prompt("x", [{"role": "user", "content": "break it"}]), True)]
+
+    def name(**settings: Any) -> str:
+        about = _about(asks, EvaluateConfig(harmful=(Path("h.jsonl"),), **settings))
+        return folder_for(tmp_path, "h.jsonl", about).name
+
+    assert name() == name(rules=Path("r.toml")) == name(sampling=SamplingSettings(max_rows=3, cache_gib=1.0))
+    others = [name(seed=1), name(samples=2), name(max_tokens=3), name(sampling=SamplingSettings(temperature=0.5))]
+    others += [name(against=tmp_path)]
+    assert len({name(), *others}) == 6
 
 
 @pytest.mark.parametrize(

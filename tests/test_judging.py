@@ -10,6 +10,7 @@ from small_run import write_lines, write_run
 from bylaw.check import check
 from bylaw.cli import main
 from bylaw.ledger import Ledger
+from bylaw.lock import only_one
 from bylaw.model.records import read_records
 from bylaw.report import ReportConfig
 from bylaw.report.gather import gather
@@ -84,6 +85,10 @@ def test_known_pairs_are_labelled_as_the_run_labels(run: Path, capsys: pytest.Ca
     (place / "preferences.jsonl").write_bytes(whole[:-9])  # killed in the last line
     main(["judge", str(run), str(file)])
     assert (place / "preferences.jsonl").read_bytes() == whole and not check(run).problems
+    capsys.readouterr()
+    with only_one(place), pytest.raises(SystemExit):  # as another process at the same would hold it
+        main(["judge", str(run), str(file)])
+    assert "another bylaw is at work in" in capsys.readouterr().err
     page = render(gather(run), ReportConfig())
     assert "<h3>Judge on pairs.jsonl</h3>" in page and "whose answers are known" in page
     assert [one.name for one in (run / "judge").iterdir()] == [place.name]

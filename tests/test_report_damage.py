@@ -1,6 +1,7 @@
 """A run whose files are damaged: the report names the file and the place in it, and makes no page."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,14 @@ def test_a_file_that_is_not_what_its_hash_says_is_flagged(folder: Path) -> None:
     told = "Files of this run were changed after they were written"
     assert told not in page_of(folder)
     path = folder / "summary.json"
-    path.write_text(path.read_text().replace("0.", "0.0", 1))
+    text = path.read_text()
+    path.write_text(text.replace("0.", "0.0", 1))
     assert told in page_of(folder) and "summary.json: this page shows them as they are now" in page_of(folder)
+    path.write_text(text)
+    shutil.rmtree(folder / "ppo")  # to be made again
+    assert told not in page_of(folder)
+    (folder / "SHA256SUMS").write_text("spoiled")
+    assert told in page_of(folder) and "SHA256SUMS: this page" in page_of(folder)
 
 
 def test_texts_left_out_of_training_and_cut_ones_that_are_in_it_are_told_apart(folder: Path) -> None:

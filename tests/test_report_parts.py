@@ -97,6 +97,13 @@ def test_both_evaluations_are_shown(folder: Path) -> None:
     assert "It helped with 90.0 % of harmful requests" in words_of(folder) and "oracle" not in words_of(folder)
     write(folder / "behaviour" / "x-2" / "evaluation.json", found | {"asked": {"files": ["x.csv"]}})
     words = words_of(folder)
+    first = {"asked": {"files": ["x.csv"], "limit": 5, "samples": 3, "seed": 2}}
+    write(folder / "behaviour" / "x-3" / "evaluation.json", found | first)
+    assert "As rules on x.csv, the first 5 of each, 3 answers each, seed 2 found it" in words_of(folder)
+    write(folder / "behaviour" / "x-4" / "evaluation.json", {"rl_cai": found["rl_cai"] | {"truncated": rate(0.3, 40)}})
+    cut = words_of(folder)
+    assert "30.0 % stop at the token limit (bound 10 %), as rules on prompts found it." in cut
+    assert "Is cut off at the longest answer" in cut
     assert "As rules on h.jsonl and b.jsonl found it" in words and "Checkpoints, as rules on x.csv found them" in words
 
 

@@ -139,10 +139,26 @@ def test_preferences_that_a_file_gave_are_kept_and_lead_back_to_their_line(finis
     found = Tracer(Ledger(run)).trace(f"reward/helpful/{kept[0]}")
     [pair] = found["pairs"]
     assert pair["a"]["text"] == "with care ." and pair["reward"]["model"] == manifest["outputs"]["reward-model"]
+    assert [one["id"] for one in found["pairs"]] == kept  # and not the other one of its prompt
     told = describe(found)
     assert f"given by    people.jsonl, line {kept[0][-1]}" in told and "trained on, epoch 1 step" in told
     assert "nothing was trained" not in told and not check(run).problems
     assert ", 1 of them from a file of preferences, to give" in render(gather(run), ReportConfig())
+
+
+@pytest.mark.parametrize("id", ["a#x", "ppo/0/1", "prompt:x", "p-fence", "h/i@1"])
+def test_a_preference_that_a_file_gave_may_have_any_id(finished: Path, tmp_path: Path, id: str) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "reward")
+    shutil.rmtree(run / "ppo")
+    rows = [{"id": name, "prompt": "how ?", "chosen": "with care .", "rejected": "no ."} for name in ("a", id)]
+    write_lines(tmp_path / "people.jsonl", rows)
+    recipe = dataclasses.replace(load_recipe(run / "recipe.toml"), helpful_preferences=str(tmp_path / "people.jsonl"))
+    reward = dataclasses.replace(recipe.reward, helpful_ratio=0.3)
+    run_pipeline(dataclasses.replace(recipe, out=run, reward=reward), ("reward",))
+    found = Tracer(Ledger(run)).trace(f"reward/helpful/{id}")
+    assert [one["id"] for one in found["pairs"]] == [id] and "trained on, epoch" in describe(found)
+    assert ", given" in describe(found) and not check(run).problems
 
 
 def test_marks_lead_to_the_principle_that_they_were_given_by(finished: Path, tmp_path: Path) -> None:

@@ -244,8 +244,9 @@ def _remake(recipe: Recipe, out: Path, there: Path, constitution: Path, first: s
     """
     assert first is not None
     ahead = EVERY_STAGE[: EVERY_STAGE.index(first)]
-    branch(recipe.out, out, [name for name in recipe.stages if name in ahead])
-    if first == "label" and not is_begun(out / "label"):
-        (out / "label").mkdir(parents=True, exist_ok=True)
-        shutil.copy2(there / PREFERENCES, out / "label" / PREFERENCES)
+    with only_one(out):
+        branch(recipe.out, out, [name for name in recipe.stages if name in ahead])
+        if first == "label" and not is_begun(out / "label"):
+            (out / "label").mkdir(parents=True, exist_ok=True)
+            shutil.copy2(there / PREFERENCES, out / "label" / PREFERENCES)
     run_pipeline(replace(recipe, out=out, constitution=str(constitution.absolute())), recipe.stages)

@@ -97,6 +97,9 @@ def check_sums(run: Path) -> Iterator[str]:
             yield f"{name} was changed: its SHA-256 was {hash[:16]}..., and is {now[:16]}..."
     for name in links_of(run):
         yield f"{name} is a link, and what it leads to is no part of the run"
+    for path in sorted(run.rglob(".*lock")):
+        if path.is_file() and path.stat().st_size:
+            yield f"{path.relative_to(run)} holds something; bylaw locks by it, and leaves it empty"
     for name in sorted(there - sums.keys()):
         why = "bylaw did not write it, or was killed as it did; the same command run again adds it"
         yield f"{name} is not in {SUMS}: {why}"

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _said(error: Exception) -> str:
     """The message of an error; the operating system's without its number."""
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        file = error.filename2 or error.filename
-        return f"{file}: {error.strerror.lower()}" if file else error.strerror
+        files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+        return f"{files}: {error.strerror.lower()}" if files else error.strerror
     return str(error)
 
 

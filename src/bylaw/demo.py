@@ -14,6 +14,7 @@ from bylaw.benchmarks.village.rules import without
 from bylaw.constitution.write import dump_constitution
 from bylaw.judges import judge_reader
 from bylaw.layout import EVALUATION
+from bylaw.lock import only_one
 from bylaw.model.data import Prompt
 from bylaw.model.records import Record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings
@@ -48,7 +49,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     if not first:
         return {}
     start = time.time()
-    summary = evaluate(Run(recipe), config.out / EVALUATION)
+    with only_one(config.out / EVALUATION):
+        summary = evaluate(Run(recipe), config.out / EVALUATION)
     summary["seconds"] = {name: manifest["seconds"] for name, manifest in manifests.items()}
     summary["seconds"]["evaluation"] = round(time.time() - start, 3)
     summary["seed"] = config.seed

@@ -18,12 +18,13 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bylaw.asks import Ask, read_asks
-from bylaw.layout import BEHAVIOUR, FOUND, folder_for, is_run
+from bylaw.layout import BEHAVIOUR, DRAWN, FOUND, folder_for, is_run
+from bylaw.lock import only_one
 from bylaw.model.records import Record, encode_record, read_records, write_atomic
 from bylaw.model.settings import SamplingSettings, require
 from bylaw.rlaif.trust import wilson
@@ -39,6 +40,8 @@ if TYPE_CHECKING:  # torch stands behind these, and help is to be quick
 
 LONGEST = 256
 """Tokens of the longest answer, where nothing else is said and the context has room."""
+LEAST = 32
+"""What one long prompt may shorten all answers to, where nothing else is said."""
 RATES = (
     "harmful_compliance", "refused", "helpfulness", "over_refusal", "evasive", "broken", "truncated", "named",
     "named_right",
@@ -114,7 +117,10 @@ def evaluate(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     config = replace(config, max_tokens=_longest(config.max_tokens, places.values(), asks))
     about = _about(asks, config)
     out = config.out or (folder_for(folder / BEHAVIOUR, about["files"][0], about) if run else Path("evaluation"))
-    answers = {name: answer(_sampler(place, config), asks, read, name, out, config) for name, place in places.items()}
+    with only_one(out):
+        answers = {
+            name: answer(_sampler(place, config), asks, read, name, out, config) for name, place in places.items()
+        }
     found: dict[str, Any] = {name: measure(some) for name, some in answers.items()}
     found |= {"difference": compare_rates(found[newest(found)], found["base"])} if len(places) > 1 else {}
     found |= {"rules": rules.hash, "constitution": constitution.hash if constitution else "", "asked": about}
@@ -148,12 +154,13 @@ def _places(run: "Ledger | None", folder: Path, against: Path | None) -> dict[st
 
 def _longest(wanted: int | None, places: Iterable[Path], asks: Sequence[Ask]) -> int:
     """Tokens of the longest answer: no more than every model has room for. ValueError where more is wanted."""
-    rooms = [_room(place, asks) for place in places]
-    room, id = min(rooms, default=(LONGEST, ""))
-    if room < (wanted or 1):
+    room, id = min((_room(place, asks) for place in places), default=(LONGEST, ""))
+    if room < 1:
+        raise ValueError(f"prompt {id!r} fills the model's context and leaves no token for an answer; shorten it")
+    if room < (wanted or LEAST):
         raise ValueError(
-            f"prompt {id!r} leaves {room} tokens of the model's context, and answers may have {wanted or 1}; give "
-            "--max-tokens less, or shorten the prompt"
+            f"prompt {id!r} leaves {room} tokens of the model's context, and answers may have {wanted or LONGEST}; "
+            f"shorten it, or have all answers end there: --max-tokens {room}"
         )
     if wanted is None and room < LONGEST:
         print(f"answers have at most {room} tokens: prompt {id!r} leaves no more of the context", file=sys.stderr)
@@ -170,16 +177,18 @@ def _room(place: Path, asks: Sequence[Ask]) -> tuple[int, str]:
 
 
 def _about(asks: Sequence[Ask], config: EvaluateConfig) -> Record:
-    """What is asked, and how it is answered: all that one evaluation differs from another by, but for its rules."""
+    """What is asked, and how it is answered: all that decides the answers. What is read in them may be read anew."""
     whole = [[ask.prompt.id, ask.prompt.messages, ask.harmful, ask.principle, ask.type] for ask in asks]
     return {
         "files": [path.name for path in (*config.harmful, *config.benign)],
         "prompts": len(asks),
         "sha256": hashlib.sha256(json.dumps(whole).encode()).hexdigest(),
+        "limit": config.limit,
         "samples": config.samples,
         "max_tokens": config.max_tokens,
         "seed": config.seed,
-        "sampling": asdict(config.sampling),
+        "sampling": {name: getattr(config.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
+        **({"against": str(config.against.resolve())} if config.against else {}),
     }
 
 
@@ -207,7 +216,7 @@ def answer(
     longest = config.max_tokens or LONGEST
     sampler.check_lengths([ask.prompt for ask in asks], longest)
     jobs = [(ask, n) for ask in asks for n in range(config.samples)]
-    path = out / "drawn" / f"{_terms(sampler, asks, config)}.jsonl"
+    path = out / DRAWN / f"{_terms(sampler, asks, config)}.jsonl"
 
     def work(chunk: Sequence[tuple[Ask, int]]) -> list[Record]:
         sampler.engine.forget()

@@ -20,9 +20,8 @@ def judge_reader(run: Run) -> Reader:
     """The judge, ready to be asked: of a checkpoint, with its weights."""
     if is_server(run.recipe.judge):
         return server_reader(run)
-    folder, other = judge_folder(run), other_judge(run.recipe)
-    tokenizer = Tokenizer.load(other) if other else run.tokenizer
-    engine = run.engine(run.sampled_model(folder), run.recipe.label.cache_gib, tokenizer=tokenizer)
+    folder = judge_folder(run)  # with a tokenizer of its own; that of the SL-CAI model is the base's
+    engine = run.engine(run.sampled_model(folder), run.recipe.label.cache_gib, tokenizer=Tokenizer.load(folder))
     return run.reader(engine, run.hash(folder))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bylaw.layout import JUDGED, MEASURES, folder_for, is_run
+from bylaw.lock import only_one
 from bylaw.model.records import Record, decode_record, encode_record, sha256_file, write_atomic, written_lines
 from bylaw.model.settings import require, require_cache, require_choices
 from bylaw.rlaif.config import is_server
@@ -178,8 +179,9 @@ def _label(run: "Run | None", file: Path, config: JudgeConfig, about: Record) ->
         seed=recipe.seed,
         examples=run.examples,
     )
-    write_atomic(place / "pairs.jsonl", _lines(known, file))
-    labelled = ask_known(judge, known, place / "preferences.jsonl")
+    with only_one(place):
+        write_atomic(place / "pairs.jsonl", _lines(known, file))
+        labelled = ask_known(judge, known, place / "preferences.jsonl")
     return measure_known(known, labelled) | {"left_out": dict(read.left_out)}, labelled
 
 

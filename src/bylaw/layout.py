@@ -14,6 +14,8 @@ EVALUATION = "evaluation"
 """What `bylaw demo` measures."""
 BEHAVIOUR, FOUND = "behaviour", "evaluation.json"
 """A folder for each set of prompts that `bylaw evaluate` was given, and the last file of each."""
+DRAWN = "drawn"
+"""Of an evaluation, the answers as they were drawn, which may be read anew."""
 JUDGED, MEASURES = "judge", "measures.json"
 """A folder for each thing that `bylaw judge` was asked, and the last file of each."""
 AMENDMENTS, AMENDMENT = "amendments", "amendment.json"
@@ -54,4 +56,6 @@ def begun_beside(run: Path) -> list[str]:
     """Folders of evaluations, judgements and amendments that have begun and not finished, as names in the run."""
     ends = {f"{BEHAVIOUR}/*": FOUND, f"{JUDGED}/*": MEASURES, f"{AMENDMENTS}/*": AMENDMENT}
     found = [(place, end) for pattern, end in ends.items() for place in sorted(run.glob(pattern)) if place.is_dir()]
+    if (run / BEHAVIOUR / FOUND).exists():  # one that was written there itself, by --out
+        found = [(place, end) for place, end in found if place != run / BEHAVIOUR / DRAWN]
     return [place.relative_to(run).as_posix() for place, end in found if not (place / end).exists()]

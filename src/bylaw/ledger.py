@@ -14,7 +14,7 @@ from bylaw.model.checkpoint import check_model
 from bylaw.model.data import prompt_lines
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
 from bylaw.model.tokenizer import Tokenizer
-from bylaw.recipe import EVERY_STAGE, OWN_JUDGES, Recipe, asked_at, load_recipe
+from bylaw.recipe import EVERY_STAGE, Recipe, asked_at, load_recipe
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,7 @@ class Ledger:
         kept = [*self.chains.values(), *self.helpful.values()]
         rest = [*self.pairs.values(), *self.preferences.values()]
         named = [(one["id"], one) for one in kept] + [(one["prompt_id"], one) for one in rest]
-        named += [(id, one) for one in rest if (id := self.own_id(one))]
         return drawn | {id: one["prompt"] for id, one in named}
-
-    def own_id(self, pair: Record) -> str:
-        """The id of a pair that a file brought, which is not made of its prompt's, as ours are; "" for ours."""
-        return "" if pair["id"].startswith(f"{pair['prompt_id']}#") else pair["id"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -136,11 +131,11 @@ class Ledger:
         )
 
     def as_made_on(self, base: Path | None) -> Recipe:
-        """`as_made` with its base where that lies now; None is where it lay. FileNotFoundError where the judge is one
-        of the run's own models and there is no base.
+        """`as_made` with its base where that lies now; None is where it lay. FileNotFoundError where the judge is the
+        base, and there is none.
         """
         recipe = replace(self.as_made, base=base) if base else self.as_made
-        if recipe.judge in OWN_JUDGES and not recipe.base.is_dir():
+        if recipe.judge == "base" and not recipe.base.is_dir():
             raise FileNotFoundError(f"{recipe.base}: this run's base is gone; --base FOLDER says where it lies now")
         return recipe
 

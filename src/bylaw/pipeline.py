@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -160,10 +160,11 @@ def run_reward(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         context = check_model(start)[0].max_position_embeddings
-        train, heldout, counts = _pairs(run, "reward", preferences, context)
+        train, heldout, given, counts = _pairs(run, recipe.reward, preferences, context)
         model = load_scalar(start, recipe.seed, run.device, run.dtype, run.parallel)
         with adapted(run, model, start, folder):
             measures = train_reward(model, train, heldout, folder, recipe.reward, recipe.seed, run.parallel)
+        _keep_given(run, "reward", given)
         extras = {name: measures[name] for name in ("score_mean", "score_std")}
         card = _card(run, "Reward model: scores an answer at its last token; take off score_mean, divide by score_std")
         save_reward(model, folder / "reward-model", run.tokenizer, extras, card, parallel=run.parallel)
@@ -179,26 +180,27 @@ def _pair_inputs(run: Run, preferences: Path, start: Path, ratio: float) -> dict
 
 
 def _pairs(
-    run: Run, stage: Literal["reward", "dpo"], preferences: Path, context: int
-) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """Training pairs, the run's own and behind them those that are mixed in; held-out ones; counts."""
-    config: RewardConfig | DPOConfig = getattr(run.recipe, stage)
+    run: Run, config: RewardConfig | DPOConfig, preferences: Path, context: int
+) -> tuple[list[Pair], list[Pair], list[Record], dict[str, int]]:
+    """Training pairs, the run's own and behind them those that a file gave; held-out ones; the records of those that
+    were given; counts.
+    """
     tokenizer, seed, ratio = run.tokenizer, run.recipe.seed, config.helpful_ratio
     train, heldout, counts = split_pairs(read_records(preferences), tokenizer, config.heldout_fraction, seed, context)
     if not ratio:
-        return train, heldout, counts
+        return train, heldout, [], counts
     helpful = read_helpful(Path(run.recipe.helpful_preferences))
-    drawn, mixed = draw_helpful(len(train), helpful, tokenizer, ratio, seed, context)
-    if run.parallel.first:
-        _keep_mixed_in(run.recipe.out / MIXED_IN[stage] / "preferences.jsonl", drawn)
-    train += [pair_of(one, tokenizer) for one in drawn]
-    return train, heldout, counts | {"train_pairs": len(train)} | mixed
+    given, mixed = draw_helpful(len(train), helpful, tokenizer, ratio, seed, context)
+    train += [pair_of(one, tokenizer) for one in given]
+    return train, heldout, given, counts | {"train_pairs": len(train)} | mixed
 
 
-def _keep_mixed_in(path: Path, drawn: Sequence[Record]) -> None:
-    """The run keeps what it trains on, so that a trace finds it when the file has gone."""
-    whole = [{"prompt_id": one["id"], "labels": [], "by": {}} | one for one in drawn]
-    write_atomic(path, "".join(encode_record(one, str(path)).decode() for one in whole))
+def _keep_given(run: Run, stage: str, given: Sequence[Record]) -> None:
+    """The run keeps what a file gave it to train on, so that a trace finds it when the file has gone."""
+    path = run.recipe.out / MIXED_IN[stage] / "preferences.jsonl"
+    if given and run.parallel.first:
+        whole = [{"prompt_id": one["id"], "labels": [], "by": {}} | one for one in given]
+        write_atomic(path, "".join(encode_record(one, str(path)).decode() for one in whole))
 
 
 def run_ppo(run: Run) -> dict[str, Any]:
@@ -245,9 +247,10 @@ def run_dpo(run: Run) -> dict[str, Any]:
 
     def work(folder: Path) -> dict[str, Any]:
         policy = run.model(start)
-        train, heldout, counts = _pairs(run, "dpo", preferences, policy.config.max_position_embeddings)
+        train, heldout, given, counts = _pairs(run, recipe.dpo, preferences, policy.config.max_position_embeddings)
         with adapted(run, policy, start, folder):
             measures = train_dpo(policy, train, heldout, folder, recipe.dpo, recipe.seed, run.parallel)
+        _keep_given(run, "dpo", given)
         card = _card(run, "DPO: trained on AI preferences without a reward model")
         save_model(policy, folder / "dpo-cai", run.tokenizer, card, parallel=run.parallel)
         return counts | measures

@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bylaw.layout import BEGUN, MANIFEST, STATE, SUMS, begun_beside
+from bylaw.lock import in_turn
 from bylaw.model.records import sha256_file, write_atomic
 from bylaw.recipe import EVERY_STAGE
 
@@ -22,8 +23,13 @@ def write_sums(run: Path, *written: str, lacking: Collection[str] = ()) -> None:
     anew, go with it. A run without a SHA256SUMS has all its files taken as they are. The file is left alone when it
     would not change.
 
-    Raises ValueError for a SHA256SUMS that cannot be read.
+    Processes that write to one run take turns. Raises ValueError for a SHA256SUMS that cannot be read.
     """
+    with in_turn(run / SUMS):
+        _write_sums(run, written, lacking)
+
+
+def _write_sums(run: Path, written: Sequence[str], lacking: Collection[str]) -> None:
     dropped = [*written, *unfinished(run)]
     old = {name: hash for name, hash in read_sums(run).items() if not _within(name, dropped)}
     # A file that is gone from a folder that is there keeps its line, so that it is missed.
@@ -51,7 +57,8 @@ def read_sums(run: Path) -> dict[str, str]:
         return {}
     sums = {}
     text = (run / SUMS).read_bytes().decode("utf-8", "replace")
-    for number, line in enumerate(text.split("\n")[: -1 if text.endswith("\n") else None], 1):
+    lines = text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(

@@ -58,7 +58,7 @@ def _learnt(counts: Mapping[str, Any]) -> list[str]:
     sure = counts.get("heldout_sure_accuracy")
     share = counts.get("heldout_accuracy") if sure is None else sure
     weighed = "" if sure is None else " by how sure those are"
-    told = f": it agrees with {percent(share)} of their labels{weighed}"
+    told = f": it agrees with {percent(share)} of their labels{weighed}" if share is not None else ", none decided"
     return [
         f"{many(counts['train_pairs'], 'pair')} in {many(counts['steps'], 'step')}",
         f"{counts['heldout_pairs']:,} held out{told}",

@@ -70,6 +70,9 @@ class Tracer:
         if part:
             found = Tracer(Ledger(self.ledger.run, part)).trace(id.removeprefix(f"{part}/"))
             return found | {"id": f"{part}/{found['id']}", "part": part}
+        if self.ledger.part and id in self.ledger.preferences:  # which a file may have given any id
+            one = self.ledger.preferences[id]
+            return {"id": id, "kind": "pair", "prompt": self._prompt(one["prompt_id"]), "pairs": [self._pair(one)]}
         name = self.read(id)
         prompt = (
             self.ledger.rollouts[name.iteration, name.number]["prompt_id"] if name.kind == "episode" else name.prompt
@@ -183,7 +186,7 @@ class Tracer:
     def _pairs_of(self, prompt: str, number: int | None) -> list[Record]:
         """The pairs of a prompt, labelled where they are."""
         merged = self.ledger.pairs | self.ledger.preferences
-        known = [one for one in merged.values() if prompt in (one["prompt_id"], self.ledger.own_id(one))]
+        known = [one for one in merged.values() if one["prompt_id"] == prompt]
         return [one for one in known if number is None or one["id"] == f"{prompt}#{number}"]
 
     def _pair(self, one: Record) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def _chain(chain: Told) -> Iterator[str]:
 def _question(question: Told) -> Iterator[str]:
     yield ""
     yield f"{visible(question['id'])}: a question whose answer is known"
-    yield _line("asked", question["prompt"])
+    if "prompt" in question:  # else an earlier bylaw asked it
+        yield _line("asked", question["prompt"])
     for place, option in enumerate(question["options"]):
         said = f"log-prob {question['logprobs'][place]:.4f}" if question["logprobs"] else question["abstained"]
         yield _line("right" if place in question["right"] else "wrong", f"{option}  [{said}]")
@@ -114,7 +115,7 @@ def _principle(principle: Told) -> Iterator[str]:
 
 def _by(by: Told) -> Iterator[str]:
     if "source" in by:
-        yield _line("given by", f"{by['source']}, line {by['line']}")
+        yield _line("given by", str(by["source"]) + (f", line {by['line']}" if "line" in by else ""))
         return
     drawn = ", ".join(f"{name} {value}" for name, value in by.get("sampling", {}).items())
     yield _line(
@@ -148,7 +149,8 @@ def _pair(pair: Told) -> Iterator[str]:
         return
     p_a = f"none: {label['abstained']}" if label["p_a"] is None else f"p(a is better) = {label['p_a']:.4f}"
     clamped = f" ({label['unclamped']:.4f} before the clamp)" if "unclamped" in label else ""
-    yield _line("label", f"{p_a}{clamped}, judge {str(label['by'].get('model'))[:16]}")
+    judge = f", judge {label['by']['model'][:16]}" if "model" in label["by"] else ", given"
+    yield _line("label", f"{p_a}{clamped}{judge}")
     if label.get("shots"):
         yield _line("examples", ", ".join(map(str, label["shots"])))
     for reading in label["readings"]:

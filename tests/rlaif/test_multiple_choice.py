@@ -43,6 +43,9 @@ def test_the_released_form_is_put_in_the_order_of_its_letters(write: Write) -> N
     """Never the right one first: the place of an option would then tell."""
     (choice,) = read_choices(write(HHH))
     assert choice == Choice("1", HHH["prompt"], (" (A)", " (B)"), (1,))
+    for letters in ("(b)", "(a)"), ("B:", "A:"):
+        (choice,) = read_choices(write(HHH | dict(zip(("corrects", "incorrects"), letters, strict=True))))
+        assert choice.options == letters[::-1] and choice.right == (1,)
     (choice,) = read_choices(write(HHH), by="texts")
     assert choice.options == (" no", " yes") and choice.right == (1,)
 
@@ -78,6 +81,7 @@ def test_big_bench_tasks_and_lines(write: Write) -> None:
             r"\['yes', 'no'\] are no letters; allowed: ' \(A\)'",
         ),
         ({"corrects": "A", "incorrects": "B", "options": ["", ""]}, "no text_correct and text_incorrect"),
+        ({"id": 1}, "id '1' is taken by .*choices.jsonl:1; every question needs one of its own"),
     ],
 )
 def test_what_is_no_question_is_refused_by_line(write: Write, change: dict[str, Any], message: str) -> None:

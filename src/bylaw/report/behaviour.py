@@ -26,6 +26,7 @@ _RATES = {
     "over_refused": "over_refusal",
     "evaded": "evasive",
     "broken": "broken",
+    "cut": "truncated",
 }
 _OF_REFUSALS = ("refused_with_reason", "named_right_principle")
 
@@ -60,14 +61,13 @@ class Evaluation:
     by_rules: bool
     """Whether rules read the answers, else a world's oracle."""
     models: list[Model]
-    files: Sequence[str] = ()
-    """The files of prompts, where others have others."""
+    asked: str = ""
+    """What was asked, where others were asked otherwise."""
 
     @property
     def reader(self) -> str:
         """Who read the answers, and to which prompts where that has to be said."""
-        named = f" on {' and '.join(self.files)}" if self.files else ""
-        return ("rules" if self.by_rules else "the world's oracle") + named
+        return ("rules" if self.by_rules else "the world's oracle") + (f" on {self.asked}" if self.asked else "")
 
     @property
     def ends(self) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
@@ -90,11 +90,20 @@ def evaluations(summary: Record, found: Sequence[Record]) -> list[Evaluation]:
         Evaluation(
             True,
             [Model(name, _read(one[name])) for name in OF_A_RUN if one.get(name)],
-            one["asked"]["files"] if len(found) > 1 else (),
+            _apart(one.get("asked") or {}) if len(found) > 1 else "",
         )
         for one in found
     ]
     return [one for one in (told, *read) if one.models]
+
+
+def _apart(asked: Mapping[str, Any]) -> str:
+    """The files of prompts, and what else sets an evaluation apart from others of the same files."""
+    parts = [" and ".join(asked.get("files", ["prompts"]))]
+    parts.append(f"the first {asked['limit']:,.0f} of each" if asked.get("limit") else "")
+    parts.append(f"{asked['samples']:,.0f} answers each" if asked.get("samples", 1) > 1 else "")
+    parts.append(f"seed {asked['seed']:.0f}" if asked.get("seed") else "")
+    return ", ".join(filter(None, parts))
 
 
 def _told(measured: Mapping[str, Any]) -> Record:

@@ -30,7 +30,8 @@ def flags(run: RunFacts, measured: Record, effects: Sequence[PrincipleEffect]) -
     """All of them, worries first. `measured` is what `trust` says of the labels, `effects` what each principle did."""
     found = [*_altered(run), *judge_flags(run, measured), *_texts(run), *_principles(run, effects)]
     found += [*_reward(run), *_ppo(run)]
-    found += [flag for one in run.evaluations for flag in _behaviour(one, len(run.evaluations) > 1)]
+    several = len(run.evaluations) > 1
+    found += [flag for one in run.evaluations for flag in (*_behaviour(one, several), *_cut(one))]
     return sorted([*found, *_stages(run)], key=lambda flag: flag.level != "worry")
 
 
@@ -158,6 +159,16 @@ def _behaviour(one: Evaluation, named: bool) -> Iterator[Flag]:
                 f"{percent(now, 1)} of the answers, {percent(then, 1)} before (bound {percent(STRAYED)}, or as before)."
             )
             yield Flag("worry", f"The model {title} more often", text + source)
+
+
+def _cut(one: Evaluation) -> Iterator[Flag]:
+    cut = one.models[-1].measures.get("cut") or 0.0
+    if cut > 5 * CUT:
+        text = (
+            f"{percent(cut, 1)} stop at the token limit (bound {percent(5 * CUT)}), as {one.reader} found it. What "
+            "they would have come to is not known; a higher --max-tokens lets them end."
+        )
+        yield Flag("worry", "The answers that were evaluated are cut off", text)
 
 
 def _enough(measures: Mapping[str, Any], name: str) -> bool:

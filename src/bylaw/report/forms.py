@@ -78,7 +78,7 @@ RECIPE = optional(str, "base", "judge", "constitution", "last") | {"ppo?": {"rew
 RECIPE |= optional(dict, "revise", "finetune", "compare", "label", "reward", "dpo", "judge_server", "lora")
 MEASURES = (
     "complied_harmful", "refused_harmful", "refused_with_reason", "named_right_principle", "helpful_benign",
-    "over_refused", "evaded", "broken",
+    "over_refused", "evaded", "broken", "cut",
 )  # fmt: skip
 _MODEL = optional(SHARE, *MEASURES) | {"answers?": NUMBER, "complied_by_kind?": {"*?": SHARE}}
 _MODEL |= {"intervals?": {"*": _interval}}
@@ -88,13 +88,22 @@ SUMMARY |= optional(SHARE, "silent_refusal", "flips_on_amendment")
 SUMMARY |= optional(NUMBER, "labels_decided", "whole_labels_decided")
 SUMMARY |= {"label_reliability?": _bins, "amendment?": {"crossed_out?": str, "comparisons?": NUMBER}}
 _RATE = {"share": SHARE, "low": SHARE, "high": SHARE, "answers": NUMBER, "prompts": NUMBER}
-_RATES = ("harmful_compliance", "refused", "named_right", "helpfulness", "over_refusal", "evasive", "broken")
+_RATES = (
+    "harmful_compliance",
+    "refused",
+    "named_right",
+    "helpfulness",
+    "over_refusal",
+    "evasive",
+    "broken",
+    "truncated",
+)
 _EVALUATED = optional(_RATE, *_RATES) | {"by_principle": {"*": optional(_RATE, "harmful_compliance")}}
 EVALUATION = optional(_EVALUATED | {"counts": {"answers": NUMBER}}, "base", "sl_cai", "rl_cai", "dpo_cai")
-EVALUATION |= {"asked": {"files": [str]}}
+EVALUATION |= {"asked?": {"files": [str]} | optional(NUMBER, "limit", "samples", "seed")}
 _KNOWN = {"read": NUMBER, "interval?": _interval} | optional(SHARE, "accuracy", "ece", "chance")
 KNOWN = _KNOWN | {"file": str, "reliability?": _bins, "principles?": {"*": _KNOWN}}
-KNOWN |= optional(NUMBER, "questions", "pairs", "limit") | {"by?": str}
+KNOWN |= optional(NUMBER, "questions", "pairs", "limit") | {"by?": str, "asked?": optional(str, "style", "prefix")}
 _UNMARKED = {"principle": PRINCIPLE, "abstained": str}
 _MARKED = _UNMARKED | {"mean": NUMBER}
 ROLLOUT = {"rating?": {"readings": [lambda one: _UNMARKED if _has(one, "abstained") else _MARKED]}}

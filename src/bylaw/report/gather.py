@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bylaw.constitution.load import load_constitution, parse_constitution
 from bylaw.constitution.schema import Constitution
-from bylaw.layout import BEGUN, BEHAVIOUR, FOUND, JUDGED, MANIFEST, MEASURES
+from bylaw.layout import BEGUN, BEHAVIOUR, FOUND, JUDGED, MANIFEST, MEASURES, SUMS
 from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
 from bylaw.recipe import EVERY_STAGE
 from bylaw.report import forms
@@ -97,8 +97,14 @@ def _gather(folder: Path) -> RunFacts:
 
 def _altered(folder: Path) -> list[str]:
     """Files of texts and figures that are gone, or are not what their hash says. Those of checkpoints are not read."""
-    sums, at_work = read_sums(folder), tuple(f"{name}/" for name in unfinished(folder))
+    try:
+        sums = read_sums(folder)
+    except ValueError:
+        return [SUMS]
+    at_work = tuple(f"{name}/" for name in unfinished(folder))
     names = [name for name in sums if Path(name).suffix in TEXTS and not name.startswith(at_work)]
+    # A folder that is gone as a whole is one that is to be made again.
+    names = [name for name in names if "/" not in name or (folder / name.split("/")[0]).exists()]
     return [name for name in names if not (folder / name).is_file() or sha256_file(folder / name) != sums[name]]
 
 
@@ -132,8 +138,8 @@ def _object(path: Path, form: Any) -> Record:
 
 
 def _each(top: Path, name: str, form: Any) -> list[Record]:
-    """The objects in files of one name, from the folders in `top`."""
-    return [_object(path, form) for path in sorted(top.glob(f"*/{name}"))]
+    """The objects in files of one name, from `top` and the folders in it."""
+    return [_object(path, form) for path in sorted([*top.glob(name), *top.glob(f"*/{name}")])]
 
 
 def _records(path: Path, state: State, form: Any) -> Iterator[Record]:

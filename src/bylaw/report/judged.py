@@ -34,7 +34,10 @@ def judge(run: RunFacts) -> list[Panel]:
 def asked_of(known: Record) -> str:
     """The file of a judgement, and what sets it apart from others of the same file."""
     parts = [known["file"], f"the first {known['limit']}" if known.get("limit") else ""]
+    asked = known.get("asked") or {}
     parts.append("by whole texts" if known.get("by") == "texts" else "")
+    parts.append("as a chat" if asked.get("style") == "chat" else "")
+    parts.append(f"begun with “{asked['prefix']}”" if asked.get("prefix") else "")
     return ", ".join(filter(None, parts))
 
 
