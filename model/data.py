@@ -90,7 +90,8 @@ def read_prompts(path: str | Path, limit: int = 0) -> PromptSet:
         if limit and len(prompts) == limit:
             break
     if not prompts:
-        raise ValueError(f"{path}: no prompts; {PromptSet(prompts, skipped).summary()}")
+        told = f"; {PromptSet(prompts, skipped).summary()}" if skipped else ""
+        raise ValueError(f"{path}: no prompts{told}; allowed: one a line, as {_FORMS}")
     return PromptSet(prompts, skipped)
 
 

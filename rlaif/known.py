@@ -46,7 +46,8 @@ def measure_known(known: Sequence[Record], labelled: Sequence[Record]) -> dict[s
 
 def describe_known(found: dict[str, Any]) -> str:
     """The measures as tables for a person."""
-    lines = [f"{found['pairs']} pairs, {found['read']} labels read"]
+    pairs, read = found["pairs"], found["read"]
+    lines = [f"{pairs} pair{'' if pairs == 1 else 's'}, {read} label{'' if read == 1 else 's'} read"]
     lines += [f"  abstained, {count}: {why}" for why, count in found["abstained"].items()]
     lines += [f"  rows left out, {count}: {why}" for why, count in found.get("left_out", {}).items()]
     width = max([len("principle"), *map(len, found["principles"])])

@@ -132,7 +132,8 @@ def measure_choices(answers: Sequence[Record]) -> dict[str, Any]:
 
 def describe_choices(found: dict[str, Any]) -> str:
     """The measures as a person reads them."""
-    lines = [f"{found['questions']} questions, {found['read']} answered"]
+    count = found["questions"]
+    lines = [f"{count} question{'' if count == 1 else 's'}, {found['read']} answered"]
     lines += [f"  not answered, {count}: {why}" for why, count in found["abstained"].items()]
     if not found["read"]:
         return "\n".join(lines)
@@ -165,6 +166,8 @@ def _examples(path: Path) -> list[tuple[int, str, Record]]:
 
 def _choice(record: Record, where: str, number: int, by: By) -> Choice:
     prompt = record.get("prompt", record.get("input"))
+    if not {"corrects", "options", "target_scores"} & record.keys():
+        raise ValueError(f"{where}: keys {sorted(record)} are no question's; allowed: {_FORMS}")
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f"{where}: no prompt; allowed: {_FORMS}")
     if "corrects" in record:

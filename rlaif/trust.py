@@ -140,7 +140,8 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
     middle = share + Z * Z / (2 * trials)
     reach = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))
     whole = 1 + Z * Z / trials
-    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
+    # At the ends the formula gives 0 and 1 themselves, and floats a hair beside them.
+    return (middle - reach) / whole if share > 0 else 0.0, (middle + reach) / whole if share < 1 else 1.0
 
 
 def spread(values: Sequence[float], low: float, high: float, absolute: bool = False) -> dict[str, Any] | None:

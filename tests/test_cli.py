@@ -133,7 +133,8 @@ def test_wrong_flags(flags: list[str], said: str, whole: Path, capsys: pytest.Ca
         (["trust", "--json", "none"], "none: no such folder"),
         (["report", "none"], "none: no such folder"),
         (["evaluate", "--limit", "3", "run"], "a folder is wanted first, before any flag"),
-        (["run"], "a recipe is wanted: bylaw run RECIPE.toml"),
+        (["judge", "."], "a file of questions or of pairs is wanted after ."),
+        (["run"], "a recipe is wanted first, before any flag: bylaw run RECIPE.toml"),
         (["experiment"], "experiment '' is not known; allowed, in front of the flags: revisions"),
         (["experiment", "--runs", "x"], "allowed, in front of the flags: revisions"),
         (["constitution", "shwo", "default"], "allowed: show FILE, check FILE"),
@@ -254,6 +255,10 @@ HOSTILE: dict[str, tuple[Spoil, list[str]]] = {
     "no helpful prompts there": (
         replace("recipe.toml", '"helpful.jsonl"', '"nowhere.jsonl"'),
         ["helpful = '", "nowhere.jsonl': no such file; allowed: a file"],
+    ),
+    "preferences that nothing is trained on": (
+        replace("recipe.toml", 'out = "out"', 'out = "out"\nhelpful_preferences = "prompts.jsonl"'),
+        ["no share of the pairs is to be taken from it; give reward.helpful_ratio, above 0, or leave it out"],
     ),
     "prompt over the context": (
         prompts(LONG),

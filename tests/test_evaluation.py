@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from bylaw.reading import Reading, load_rules
 from bylaw.report import ReportConfig
 from bylaw.report.gather import gather
 from bylaw.report.page import render
-from bylaw.report.words import percent
 from bylaw.rlaif.trust import wilson
 from bylaw.trace import Tracer
+from bylaw.words import percent
 
 PROMPT = Prompt("p", [{"role": "user", "content": "How do I pick a lock?"}])
 LONG = " ".join(f"word{n}" for n in range(60))
@@ -282,14 +283,18 @@ def test_every_model_of_a_run_by_its_own_constitution_and_the_report_shows_it(
     main(["evaluate", str(run), *files[2:]])  # other prompts lie beside the first ones,
     main(["evaluate", str(run), *files, "--rules", str(rules_of(tmp_path))])  # and other rules read the same answers
     said = capsys.readouterr().out
-    assert "Of sl_cai, " in said and f"The answers, with what was read in each: {kept}. `bylaw report" in said
+    assert "sl_cai, of 1 answer to 1 prompt: " in said and f"with what was read in each: {kept}. `bylaw report" in said
+    assert found["trained_on"] == 1 and "1 prompt of these are prompts that the run was trained on" in said
     assert len(list((run / "behaviour").iterdir())) == 2 and not check(run).problems
     assert "As rules on h.jsonl and b.jsonl found it" in render(gather(run), ReportConfig())
     found = Tracer(Ledger(run)).trace(f"behaviour/{kept.name}/sl_cai/x+0")
     assert found["helpful"][0]["answer"] == alone["x"]
     main(["evaluate", str(run), *files, "--out", str(run / "behaviour")])
     assert check(run).notes == [] and "As rules on h.jsonl and b.jsonl found it" in render(gather(run), ReportConfig())
-    with pytest.raises(ValueError, match=rf"In front of an ID there may stand: .*behaviour/{kept.name}/sl_cai"):
+    shutil.rmtree(kept)  # taken back
+    main(["report", str(run)])
+    assert not check(run).problems and not (run / "behaviour" / kept.name).exists()
+    with pytest.raises(ValueError, match=r"In front of an ID there may stand: behaviour/b-.*behaviour/sl_cai$"):
         Tracer(Ledger(run)).trace("behaviour/x+0")
 
 
@@ -344,7 +349,8 @@ def test_what_decides_the_answers_names_their_folder_and_nothing_else_does(tmp_p
     ("flags", "message"),
     [
         ([], "no prompts; give --harmful"),
-        (["--harmful", "h.jsonl", "--constitution", "village"], "no principle 'peas'"),
+        (["--harmful", "h.jsonl", "--constitution", "village"], "prompt 'h-1': constitution 'The village' has no"),
+        (["--harmful", "h.jsonl", "--benign", "h.jsonl"], "h.jsonl is given as harmful and as benign; give it once"),
     ],
 )
 def test_mistakes_are_met_before_any_answer(

@@ -105,7 +105,7 @@ def test_of_a_run_the_judge_is_asked_and_not_the_newest_checkpoint(
     [place] = (run / "judge").glob("questions-*")
     assert read_records(place / "answers.jsonl") == answers["run"] and not check(run).problems
     said = capsys.readouterr().out
-    assert "1 questions, 1 answered" in said and f"What the judge said: {place}. `bylaw report" in said
+    assert "1 question, 1 answered" in said and f"What the judge said: {place}. `bylaw report" in said
     assert "The judge would rather go on otherwise than with a letter" in said  # it was never taught letters
     found = Tracer(Ledger(run)).trace(f"judge/{place.name}/1")
     assert "which is kind ?" in describe(found) and "mend it" in describe(found)

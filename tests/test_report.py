@@ -22,8 +22,8 @@ from bylaw.report.gather import gather
 from bylaw.report.page import CHAINS_BUDGET, LABELS_BUDGET, render
 from bylaw.report.panels import POINTS, thinned
 from bylaw.report.sample import sample
-from bylaw.report.words import number, percent, points, share, signed, visible, word_diff
 from bylaw.sums import SUMS, read_sums, write_sums
+from bylaw.words import number, percent, points, share, signed, visible, word_diff
 
 HOSTILE = (
     '<script>alert(1)</script> </script> {{7*7}} {% raw %} <img src=x onerror=alert(2)> \x00 \u202egnp.exe " onclick=" '

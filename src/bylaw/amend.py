@@ -75,9 +75,9 @@ def _relabelled(
     shown = {"examples": after.examples.hash} if after.config.shots else {}
     _begin(there, {"labels": sha256_file(folder / "label" / PREFERENCES)} | shown)
     kept = ledger.constitution_path(amended.hash)
+    found = relabel(before, after, labelled, there / PREFERENCES)
     if not kept.exists():  # an equal one may stand there
         write_atomic(kept, dump_constitution(amended))
-    found = relabel(before, after, labelled, there / PREFERENCES)
     facts = {"from": changes.old.hash, "to": amended.hash, "first_stage": first} | found
     facts |= _tell(ledger, changes, labelled, there)
     write_atomic(there / AMENDMENT, json.dumps(facts, indent=2) + "\n")
@@ -114,6 +114,7 @@ def describe(changes: Diff, facts: dict[str, Any], shown: Sequence[Record], ther
         f"first stage to be made again: {facts['first_stage'] or 'none'}",
         "",
     ]
+    lines += ["the labels that moved furthest:", ""] if shown else []
     lines += [_describe_move(one) for one in shown[:SHOWN]]
     rest = len(shown) - SHOWN
     more = f"{rest} more, which moved less. " if rest > 0 else ""

@@ -35,6 +35,11 @@ def read_asks(harmful: Sequence[Path], benign: Sequence[Path], limit: int = 0) -
     Raises FileNotFoundError, and ValueError naming the file and the line for a row that cannot be read, a label that
     is neither, and an id that two prompts have.
     """
+    if twice := set(harmful) & set(benign):
+        raise ValueError(
+            f"{min(twice)} is given as harmful and as benign; give it once: the rows of an XSTest-style file say "
+            "whether they are safe"
+        )
     found: list[Ask] = []
     owners: dict[str, Path] = {}
     for path, is_harmful in [*((path, True) for path in harmful), *((path, False) for path in benign)]:

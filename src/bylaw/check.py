@@ -62,7 +62,8 @@ def check(run: Path) -> Findings:
         problems, found.records = check_records(ledger)
         found.problems += problems
     except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:  # whatever a spoiled file can do
-        found.problems.append(f"what comes from what cannot be followed further: {type(error).__name__}: {error}")
+        said = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__} {error}"
+        found.problems.append(f"{said}; what comes after it, stages and records, is not checked")
     return found
 
 
@@ -101,7 +102,7 @@ def check_sums(run: Path) -> Iterator[str]:
         if path.is_file() and path.stat().st_size:
             yield f"{path.relative_to(run)} holds something; bylaw locks by it, and leaves it empty"
     for name in sorted(there - sums.keys()):
-        why = "bylaw did not write it, or was killed as it did; the same command run again adds it"
+        why = "bylaw did not write it (other files belong elsewhere), or was killed as it did (run again, it adds it)"
         yield f"{name} is not in {SUMS}: {why}"
 
 

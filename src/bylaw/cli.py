@@ -73,8 +73,9 @@ def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
         if args and not args[0].startswith("-"):
             recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog, description=about)
         else:
-            if not args:
-                raise ValueError(f"a recipe is wanted: bylaw {command} RECIPE.toml; `--help` lists every setting")
+            if not args or any(arg.endswith(".toml") and Path(arg).is_file() for arg in args[-1:]):
+                usage = f"bylaw {command} RECIPE.toml [flags]"
+                raise ValueError(f"a recipe is wanted first, before any flag: {usage}; `--help` lists every setting")
             recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)
     from bylaw.pipeline import run_pipeline  # torch: only once the help and the mistakes are out of the way
     from bylaw.told import next_commands

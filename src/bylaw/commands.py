@@ -11,6 +11,7 @@ import tyro
 
 from bylaw.recipe import AmendConfig
 from bylaw.trace_text import visible
+from bylaw.words import many
 
 _IDS = """ID is a prompt's id, for everything of it; PROMPT@ROUND, a round of its chain; PROMPT#N, a pair and its label;
 PROMPT+N, a helpful sample; or ppo/ITERATION/PLACE, an episode. For prompt ids that look like one of these, write
@@ -25,14 +26,16 @@ _WITHOUT = {
 }
 """What cannot be done with a constitution that has no principle for a stage."""
 
-_CONSTITUTION_HELP = """diff OLD NEW       what changed, in words
+_CONSTITUTION_HELP = """show FILE          its principles, to read
+check FILE         is it in order? FILE may be default or village
+diff OLD NEW       what changed, in words
 import FILE ...    from the files of the Constitutional AI release, Hugging Face's JSON, numbered text, or Markdown
 examples FILE      few-shot examples from such files
 export FILE        in the form of others"""
 
 
 def chat(args: list[str]) -> None:
-    """Talk to a checkpoint, or to the newest one of a run: bylaw chat FOLDER"""
+    """Talk to a checkpoint, or to the last one of a run: bylaw chat FOLDER"""
     from bylaw import talk
 
     folder, rest = _folder(args, "bylaw chat FOLDER [flags]")
@@ -107,18 +110,18 @@ def constitution(args: list[str]) -> None:
         work(tyro.cli(config, args=rest, prog=f"bylaw constitution {name}"))
         return
     if {"-h", "--help"} & set(args):
-        print(f"usage: bylaw constitution show|check FILE\n\n{constitution.__doc__}\n\n{_CONSTITUTION_HELP}")
+        print(f"usage: bylaw constitution COMMAND ...\n\n{constitution.__doc__}\n\n{_CONSTITUTION_HELP}")
         return
     if len(args) != 2 or name not in ("show", "check"):
         raise ValueError(
-            f"got {args}; allowed: show FILE, check FILE, where FILE may be default or village, or "
-            f"{', '.join(others)} with --help"
+            f"got {' '.join(args) or 'nothing'}; allowed: show FILE, check FILE, where FILE may be default or village, "
+            f"or {', '.join(others)} with --help"
         )
     found = load_constitution(args[1])
     if name == "show":
         print(visible(describe(found)), end="")
     else:
-        print(f"{args[1]}: {len(found.principles)} principles, all in order; hash {found.hash}")
+        print(f"{args[1]}: {many(len(found.principles), 'principle')}, all in order; hash {found.hash}")
         for stage in STAGES:
             if not any(stage in principle.stages for principle in found.principles):
                 print(f"none is for the stage {stage!r}: {_WITHOUT[stage]}")
@@ -174,7 +177,9 @@ def judge(args: list[str]) -> None:
 
     usage = "bylaw judge FOLDER FILE"
     folder, rest = _folder(args, f"{usage} [flags]")
-    file, rest = _folder(rest, f"{usage} [flags], and a file of questions after it") if folder else (None, rest)
+    if folder and (not rest or rest[0].startswith("-")) and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"a file of questions or of pairs is wanted after {folder}: {usage} [flags]")
+    file, rest = _folder(rest, f"{usage} [flags]") if folder else (None, rest)
     about = f"{judge.__doc__}\n\n{inspect.getdoc(JudgeConfig)}"
     config = tyro.cli(JudgeConfig, args=rest, prog=usage, description=about)
     assert folder is not None and file is not None
@@ -200,7 +205,7 @@ def trace(args: list[str]) -> None:
         return
     plain = [arg for arg in args if arg != "--json"]
     if len(plain) != 2:
-        raise ValueError(f"got {args}; allowed: {usage}. {' '.join(_IDS.split())}")
+        raise ValueError(f"got {' '.join(args) or 'nothing'}; allowed: {usage}. {' '.join(_IDS.split())}")
     from bylaw.ledger import Ledger
     from bylaw.trace import Tracer
     from bylaw.trace_text import describe

@@ -13,7 +13,7 @@ from bylaw.benchmarks.village.evaluate import ask_of, behaviour, label_accuracy,
 from bylaw.benchmarks.village.rules import without
 from bylaw.constitution.write import dump_constitution
 from bylaw.judges import judge_reader
-from bylaw.layout import EVALUATION
+from bylaw.layout import EVALUATION, is_run
 from bylaw.lock import only_one
 from bylaw.model.data import Prompt
 from bylaw.model.records import Record, read_records, write_atomic
@@ -44,7 +44,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     """
     recipe, first = village_recipe(config), os.environ.get("RANK", "0") == "0"
     if first:
-        write_village_prompts(recipe)
+        with only_one(config.out):
+            write_village_prompts(recipe)
     manifests = run_pipeline(recipe)
     if not first:
         return {}
@@ -111,15 +112,30 @@ def village_recipe(config: DemoConfig) -> Recipe:
 
 
 def write_village_prompts(recipe: Recipe) -> None:
-    """The prompt files of `village_recipe`: the asks that are not held out."""
-    write_prompts(recipe.prompts, prompts(heldout=False, harmful=True))
-    write_prompts(Path(recipe.helpful), prompts(heldout=False, harmful=False, forms=3))
+    """The prompt files of `village_recipe`: the asks that are not held out. ValueError, before any is written, for
+    another file in the place of one, and for a run that is none of the village's.
+    """
+    texts = {
+        recipe.prompts: _prompt_lines(prompts(heldout=False, harmful=True)),
+        Path(recipe.helpful): _prompt_lines(prompts(heldout=False, harmful=False, forms=3)),
+    }
+    for path, text in texts.items():
+        if path.exists() and path.read_bytes() != text.encode():
+            raise ValueError(f"{path} is none of the village's files; give the demo a folder of its own: --out FOLDER")
+        if not path.exists() and is_run(recipe.out):
+            raise ValueError(f"{recipe.out} is another run; give the demo a folder of its own: --out FOLDER")
+    for path, text in texts.items():
+        if not path.exists():
+            write_atomic(path, text)
 
 
 def write_prompts(path: Path, asked: Sequence[Prompt]) -> None:
     """Write a prompt file. The same prompts give the same bytes."""
-    lines = [json.dumps({"id": prompt.id, "messages": prompt.messages}) for prompt in asked]
-    write_atomic(path, "\n".join(lines) + "\n")
+    write_atomic(path, _prompt_lines(asked))
+
+
+def _prompt_lines(asked: Sequence[Prompt]) -> str:
+    return "".join(json.dumps({"id": prompt.id, "messages": prompt.messages}) + "\n" for prompt in asked)
 
 
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:

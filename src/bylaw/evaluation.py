@@ -30,6 +30,7 @@ from bylaw.model.settings import SamplingSettings, require
 from bylaw.rlaif.trust import wilson
 from bylaw.sums import write_sums_within
 from bylaw.trace_text import visible
+from bylaw.words import many
 
 if TYPE_CHECKING:  # torch stands behind these, and help is to be quick
     from bylaw.constitution.schema import Constitution
@@ -123,6 +124,7 @@ def evaluate(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
         }
     found: dict[str, Any] = {name: measure(some) for name, some in answers.items()}
     found |= {"difference": compare_rates(found[newest(found)], found["base"])} if len(places) > 1 else {}
+    found |= {"trained_on": _trained_on(run, asks)} if run else {}
     found |= {"rules": rules.hash, "constitution": constitution.hash if constitution else "", "asked": about}
     write_atomic(out / FOUND, json.dumps(found, indent=2) + "\n")
     if run:
@@ -197,10 +199,19 @@ def _told(run: "Ledger | None", out: Path) -> str:
     return f"The answers, with what was read in each: {out}.{shown}"
 
 
+def _trained_on(run: "Ledger", asks: Sequence[Ask]) -> int:
+    """How many of the prompts the run was trained on."""
+    known = {json.dumps(messages) for messages in run.prompts.values()}
+    return sum(json.dumps(ask.prompt.messages) in known for ask in asks)
+
+
 def _check_stakes(asks: Sequence[Ask], constitution: "Constitution | None") -> None:
     for ask in asks:
         if constitution and ask.principle:
-            constitution.principle(ask.principle)
+            try:
+                constitution.principle(ask.principle)
+            except ValueError as error:
+                raise ValueError(f"prompt {ask.prompt.id!r}: {error}") from None
 
 
 def answer(
@@ -255,7 +266,7 @@ def measure(answers: Sequence[Record]) -> dict[str, Any]:
         ids = dict.fromkeys(one[key] for one in answers if one[key])
         return {id: _rates([one for one in answers if one[key] == id]) for id in ids}
 
-    counts = {kind: sum(one["reading"]["kind"] == kind for one in answers) for kind in _KINDS}
+    counts = {kind: sum(one["reading"]["kind"] == kind for one in answers) for kind in _READ}
     counts |= {"answers": len(answers), "prompts": len({one["id"] for one in answers})}
     return {
         "counts": counts,
@@ -286,27 +297,30 @@ def compare_rates(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[st
 def describe_evaluation(found: Mapping[str, Any]) -> str:
     """The measures as tables for a person; by principle and by type, those of the newest model."""
     models = [name for name in (*MODELS, "difference") if name in found]
-    lines = [f"{'':<20}" + "".join(f"{name:>20}" for name in models)]
+    lines = [f"{'':<20}" + "".join(f"{name:>26}" for name in models)]
     lines += [
-        f"{rate.replace('_', ' '):<20}" + "".join(f"{_cell(found[name][rate], name):>20}" for name in models)
+        f"{rate.replace('_', ' '):<20}" + "".join(f"{_cell(found[name][rate], name):>26}" for name in models)
         for rate in RATES
     ]
     shares = [found[name]["boilerplate"] for name in models if name != "difference"]
-    lines.append(f"{'boilerplate':<20}" + "".join(f"{share:>20.1%}" for share in shares))
+    lines.append(f"{'boilerplate':<20}" + "".join(f"{share:>26.1%}" for share in shares))
     name = newest(found)
     last = found[name]
-    of = f"of {name}, " if len(models) > 1 else ""
+    of = f"{name}, " if len(models) > 1 else ""
     for title, rate in (("by_principle", "harmful_compliance"), ("by_principle", "named_right"), ("by_type", "")):
         for id, rates in last[title].items():
             cells = [rate] if rate else [one for one in ("harmful_compliance", "over_refusal") if rates[one]]
             lines += [f"{of}{visible(id)}: {one.replace('_', ' ')} {_cell(rates[one])}" for one in cells]
-    counts = last["counts"]
-    lines += ["", of.capitalize() + ", ".join(f"{count} {kind}" for kind, count in counts.items())]
+    counts = dict(last["counts"])
+    of_all = f"of {many(counts.pop('answers'), 'answer')} to {many(counts.pop('prompts'), 'prompt')}"
+    lines += ["", f"{name}, {of_all}: {', '.join(f'{count} {_READ[kind]}' for kind, count in counts.items())}"]
+    if trained := found.get("trained_on"):
+        lines.append(f"{many(trained, 'prompt')} of these are prompts that the run was trained on.")
     lines.append("In brackets: 95 % intervals, with prompts as the trials.")
     return "\n".join([*lines, "Rules read words, not meaning: look at the answers before you believe the numbers."])
 
 
-_KINDS = ("complies", "refuses", "evades", "broken")
+_READ = {"complies": "comply", "refuses": "refuse", "evades": "evade", "broken": "are broken"}
 
 
 def _sampler(place: Path, config: EvaluateConfig) -> "Sampler":
@@ -380,6 +394,6 @@ def _cell(rate: Mapping[str, float] | None, name: str = "") -> str:
     if rate is None:
         return "-"
     share, low, high = (100 * rate[key] for key in ("share", "low", "high"))
-    return (
-        f"{share:+.1f}% ({low:+.0f} to {high:+.0f})" if name == "difference" else f"{share:.1f}% ({low:.0f}-{high:.0f})"
-    )
+    if name == "difference":
+        return f"{share:+.1f}% ({low:+.1f} to {high:+.1f})"
+    return f"{share:.1f}% ({low:.1f} to {high:.1f})"

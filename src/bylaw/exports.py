@@ -132,6 +132,8 @@ def export_run(config: ExportConfig) -> None:
     from bylaw.layout import MANIFEST
     from bylaw.model.records import encode_record, read_records
 
+    if not config.run.is_dir():
+        raise FileNotFoundError(f"{config.run}: no such folder")
     of_labels = config.format in ("trl-preference", "trl-conversational", "trl-unpaired")
     path = config.run / ("label/preferences.jsonl" if of_labels else "revise/chains.jsonl")
     if not path.is_file():
@@ -155,6 +157,8 @@ def import_rows(config: ImportRowsConfig) -> None:
 
     if not config.file.is_file():
         raise FileNotFoundError(f"{config.file}: no such file")
+    if config.soft is not None and not 0.5 <= config.soft <= 1:
+        raise ValueError(f"soft = {config.soft:g}; allowed: 0.5 to 1, how sure it is that the chosen answer is better")
     number, first = next(written_lines(config.file), (1, b"{}"))
     if "cst" in decode_record(first, f"{config.file}:{number}"):
         from bylaw.constitution.released_texts import read_chains

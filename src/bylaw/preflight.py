@@ -55,6 +55,7 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
         engine = Engine(Transformer(config), run.tokenizer)
     check_divides(engine.model, run.parallel)
     sampler = Sampler(engine=engine, settings=SamplingSettings(), seed=run.recipe.seed, model_hash="")
+    _check_given(run, stages)
     inputs = _Inputs(run, sampler, _longest(run, run.prompts), _longest(run, run.rl_prompts))
     for name in stages:
         with _named(f"stage {name}"):
@@ -78,6 +79,17 @@ def _check_fresh(run: Run, stages: Sequence[str]) -> None:
                 f"resume = false, but {folder} was begun; give another output folder, delete {folder}, or go on there "
                 "with resume = true"
             )
+
+
+def _check_given(run: Run, stages: Sequence[str]) -> None:
+    """Preferences that a file gives are there to be trained on."""
+    ratios = {name: getattr(run.recipe, name).helpful_ratio for name in stages if name in ("reward", "dpo")}
+    if run.recipe.helpful_preferences and ratios and not any(ratios.values()):
+        wanted = " or ".join(f"{name}.helpful_ratio" for name in ratios)
+        raise ValueError(
+            f"helpful_preferences = {run.recipe.helpful_preferences!r}, and no share of the pairs is to be taken from "
+            f"it; give {wanted}, above 0, or leave it out"
+        )
 
 
 def check_device(name: str) -> None:

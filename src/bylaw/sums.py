@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bylaw.layout import BEGUN, MANIFEST, STATE, SUMS, begun_beside
+from bylaw.layout import AMENDMENTS, BEGUN, BEHAVIOUR, JUDGED, MANIFEST, STATE, SUMS, begun_beside
 from bylaw.lock import in_turn
 from bylaw.model.records import sha256_file, write_atomic
 from bylaw.recipe import EVERY_STAGE
@@ -33,7 +33,7 @@ def _write_sums(run: Path, written: Sequence[str], lacking: Collection[str]) -> 
     dropped = [*written, *unfinished(run)]
     old = {name: hash for name, hash in read_sums(run).items() if not _within(name, dropped)}
     # A file that is gone from a folder that is there keeps its line, so that it is missed.
-    closed = {name: hash for name, hash in old.items() if "/" not in name or (run / name.split("/")[0]).exists()}
+    closed = {name: hash for name, hash in old.items() if "/" not in name or (run / _folder_of(name)).exists()}
     everything = not (run / SUMS).exists()
     missing = [name for name in lacking if name not in closed]
     wanted = [name for name in files_of(run) if everything or _within(name, [*written, *missing])]
@@ -114,6 +114,12 @@ def _walk(run: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         skipped = {STATE} if BEGUN in files and MANIFEST not in files else set()
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         yield folder, folders, [name for name in files if not name.startswith(".")]
+
+
+def _folder_of(name: str) -> str:
+    """What is taken out of a run as a whole: a stage, or an evaluation, a judgement or an amendment."""
+    top, *rest = name.split("/")
+    return f"{top}/{rest[0]}" if top in (BEHAVIOUR, JUDGED, AMENDMENTS) and len(rest) > 1 else top
 
 
 def _within(name: str, places: Collection[str]) -> bool:

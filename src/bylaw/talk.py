@@ -8,12 +8,14 @@ from pathlib import Path
 from bylaw.model.settings import SamplingSettings, require
 from bylaw.trace_text import visible
 
-NEWEST_FIRST = ("ppo/rl-cai", "dpo/dpo-cai", "finetune/sl-cai", "base")
+LAST_FIRST = ("ppo/rl-cai", "dpo/dpo-cai", "finetune/sl-cai", "base")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """A talk with a checkpoint, or with the newest checkpoint of a run folder. An empty line begins a new talk."""
+    """A talk with a checkpoint, or with the last one of a run: RL-CAI, else DPO-CAI, else SL-CAI. An empty line
+    begins a new talk.
+    """
 
     max_tokens: int = 256
     """Longest answer."""
@@ -29,18 +31,18 @@ class ChatConfig:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """`folder` itself if it is a checkpoint, else the newest one of the run in it. Raises FileNotFoundError for
+    """`folder` itself if it is a checkpoint, else the last one of the run in it. Raises FileNotFoundError for
     neither.
     """
     if (folder / "config.json").exists():
         return folder
-    for name in NEWEST_FIRST:
+    for name in LAST_FIRST:
         if (folder / name / "config.json").exists():
             return folder / name
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     raise FileNotFoundError(
-        f"{folder}: neither a checkpoint (no config.json) nor a run with one in {', '.join(NEWEST_FIRST)}"
+        f"{folder}: neither a checkpoint (no config.json) nor a run with one in {', '.join(LAST_FIRST)}"
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bylaw.report.words import duration, many, number, percent
+from bylaw.words import duration, many, number, percent
 
 NARROW = "\u202f"  # the space of the report's numbers, which many terminals have no glyph for
 
@@ -57,7 +57,7 @@ def _label(counts: Mapping[str, Any]) -> list[str]:
 def _learnt(counts: Mapping[str, Any]) -> list[str]:
     sure = counts.get("heldout_sure_accuracy")
     share = counts.get("heldout_accuracy") if sure is None else sure
-    weighed = "" if sure is None else " by how sure those are"
+    weighed = "" if sure is None else ", each weighed by how sure it is"
     told = f": it agrees with {percent(share)} of their labels{weighed}" if share is not None else ", none decided"
     return [
         f"{many(counts['train_pairs'], 'pair')} in {many(counts['steps'], 'step')}",

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from bylaw.layout import MIXED_IN, parts
+from bylaw.layout import DRAWN, MIXED_IN, parts
 from bylaw.learned import mixed_in, preferred, supervised
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record
@@ -118,7 +118,7 @@ class Tracer:
         """The parts that an ID may be meant for: those with a place in the run that its beginning is like."""
         among = [] if self.ledger.part else parts(self.ledger.run)
         top = id.split("/")[0]
-        meant = [part for part in among if part.split("/")[0] == top]
+        meant = [part for part in among if part.split("/")[0] == top and f"/{DRAWN}/" not in part]
         return f". In front of an ID there may stand: {', '.join(meant)}" if meant and "/" in id else ""
 
     def _exists(self, name: Name) -> bool:
@@ -140,10 +140,19 @@ class Tracer:
             iteration, place = max(ledger.rollouts)
             return f"; episodes are ppo/0/0 to ppo/{iteration}/{place}"
         rounds = [f"{chain['id']}@{step['round']}" for chain in ledger.chains.values() for step in chain["rounds"]]
-        known = [*ledger.prompts, *rounds, *(f"{prompt}+{n}" for prompt, n in ledger.helpful), *ledger.pairs]
+        known = [*ledger.prompts, *rounds, *(f"{prompt}+{n}" for prompt, n in ledger.helpful)]
+        known += [*ledger.pairs, *ledger.preferences, *self._given()]
         kind, colon, rest = id.partition(":")
-        near = difflib.get_close_matches(rest if colon and kind in KINDS else id, known, 3)
-        return f"; near it: {', '.join(map(repr, near))}" if near else f"; it has {len(ledger.prompts)} prompts"
+        asked = rest if colon and kind in KINDS else id
+        begun = [one for one in known if one.rpartition("/")[2].startswith(asked)]
+        near = list(dict.fromkeys([*begun[:3], *difflib.get_close_matches(asked, known, 3)]))[:3] or known[:3]
+        of = len(ledger.prompts)
+        return f"; it has {of} prompt{'' if of == 1 else 's'}; near it: {', '.join(map(repr, near))}"
+
+    def _given(self) -> list[str]:
+        """Of a run, the preferences that a file gave, as they are asked for."""
+        places = [] if self.ledger.part else MIXED_IN.values()
+        return [f"{part}/{id}" for part in places for id in Ledger(self.ledger.run, part).preferences]
 
     def _prompt(self, id: str) -> dict[str, Any]:
         told: dict[str, Any] = {"id": id, "messages": self.ledger.prompts.get(id, [])}

@@ -63,6 +63,8 @@ class Evaluation:
     models: list[Model]
     asked: str = ""
     """What was asked, where others were asked otherwise."""
+    trained_on: int = 0
+    """How many of the prompts the run was trained on."""
 
     @property
     def reader(self) -> str:
@@ -91,6 +93,7 @@ def evaluations(summary: Record, found: Sequence[Record]) -> list[Evaluation]:
             True,
             [Model(name, _read(one[name])) for name in OF_A_RUN if one.get(name)],
             _apart(one.get("asked") or {}) if len(found) > 1 else "",
+            one.get("trained_on") or 0,
         )
         for one in found
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from bylaw.report.words import number, visible
+from bylaw.words import number, visible
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 28, 40
@@ -141,7 +141,8 @@ def _grid(x: Axis, y: Axis) -> list[Markup]:
 
 def _dot(point: Point, x: Axis, y: Axis) -> Markup:
     across, up = _across(point.x, x), _up(point.y, y)
-    name = Markup("<title>{}: {}, {}</title>").format(visible(point.label), x.text(point.x), y.text(point.y))
+    called = f"{visible(point.label)}: " if point.label else ""
+    name = Markup("<title>{}{}, {}</title>").format(called, x.text(point.x), y.text(point.y))
     dot = Markup('<circle class="dot tone{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}">{}</circle>')
     drawn = dot.format(point.tone, across, up, point.size, name)
     if not point.label:

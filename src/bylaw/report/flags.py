@@ -10,7 +10,7 @@ from bylaw.report.behaviour import Evaluation
 from bylaw.report.flag import ENOUGH, Flag, Level, level
 from bylaw.report.gather import RunFacts
 from bylaw.report.judge_flags import judge_flags
-from bylaw.report.words import FEW, many, number, percent, points
+from bylaw.words import FEW, many, number, percent, points
 
 KEPT = "unchanged"
 """The mark of a revision that is the answer again, which is right where nothing broke the principle."""

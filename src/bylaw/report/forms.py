@@ -100,10 +100,14 @@ _RATES = (
 )
 _EVALUATED = optional(_RATE, *_RATES) | {"by_principle": {"*": optional(_RATE, "harmful_compliance")}}
 EVALUATION = optional(_EVALUATED | {"counts": {"answers": NUMBER}}, "base", "sl_cai", "rl_cai", "dpo_cai")
-EVALUATION |= {"asked?": {"files": [str]} | optional(NUMBER, "limit", "samples", "seed")}
+EVALUATION |= {"trained_on?": NUMBER, "asked?": {"files": [str]} | optional(NUMBER, "limit", "samples", "seed")}
 _KNOWN = {"read": NUMBER, "interval?": _interval} | optional(SHARE, "accuracy", "ece", "chance")
 KNOWN = _KNOWN | {"file": str, "reliability?": _bins, "principles?": {"*": _KNOWN}}
-KNOWN |= optional(NUMBER, "questions", "pairs", "limit") | {"by?": str, "asked?": optional(str, "style", "prefix")}
+KNOWN |= optional(NUMBER, "questions", "pairs", "limit") | {
+    "by?": str,
+    "option_mass?": {"mean": SHARE},
+    "asked?": optional(str, "style", "prefix"),
+}
 _UNMARKED = {"principle": PRINCIPLE, "abstained": str}
 _MARKED = _UNMARKED | {"mean": NUMBER}
 ROLLOUT = {"rating?": {"readings": [lambda one: _UNMARKED if _has(one, "abstained") else _MARKED]}}

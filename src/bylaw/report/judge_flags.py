@@ -8,7 +8,7 @@ from bylaw.report.flag import ENOUGH, Flag, level
 from bylaw.report.forms import SIDES
 from bylaw.report.gather import RunFacts
 from bylaw.report.shown import same
-from bylaw.report.words import many, percent, points
+from bylaw.words import many, percent, points
 
 SURE = 0.05
 """Picked is what has more than one half and this."""

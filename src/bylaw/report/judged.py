@@ -9,7 +9,7 @@ from bylaw.report.forms import SIDES
 from bylaw.report.gather import RunFacts
 from bylaw.report.panels import Panel
 from bylaw.report.shown import same, side
-from bylaw.report.words import many, number, percent, points, signed
+from bylaw.words import many, number, percent, points, signed
 
 BINS = 21
 """Of what has a middle: odd, so that the middle is the middle of a bar."""

@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from bylaw import words
 from bylaw.attribution import Attribution, attribute
 from bylaw.model.records import Record, write_atomic
 from bylaw.model.settings import require
-from bylaw.report import conflicts, flags, judged, panels, shown, story, strips, words
+from bylaw.report import conflicts, flags, judged, panels, shown, story, strips
 from bylaw.report.gather import RunFacts, gather, rewards_by_judge
 from bylaw.report.sample import Written, sample
 from bylaw.rlaif.trust import trust

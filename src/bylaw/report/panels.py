@@ -10,7 +10,7 @@ from bylaw.model.records import Record
 from bylaw.report.behaviour import Evaluation
 from bylaw.report.figures import Axis, Point, Series, axis, line_chart, scatter
 from bylaw.report.gather import RunFacts
-from bylaw.report.words import number, percent
+from bylaw.words import number, percent
 
 POINTS = 160
 """Points of a curve at most: more steps are shown as means of equal stretches, and the caption says so."""

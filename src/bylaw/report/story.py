@@ -8,8 +8,8 @@ from bylaw.attribution import PrincipleEffect
 from bylaw.report.behaviour import Evaluation
 from bylaw.report.gather import RunFacts, StageFacts, rewards_by_judge
 from bylaw.report.shown import same
-from bylaw.report.words import many, percent, share
 from bylaw.rlaif.config import is_server
+from bylaw.words import many, percent, share
 
 # measure in summary.json, what it means, whether more is better
 MEASURES = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from bylaw.report.words import percent, visible
+from bylaw.words import percent, visible
 
 _HIDDEN = Markup('<svg class="{}" aria-hidden="true">{}</svg>')
 

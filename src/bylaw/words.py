@@ -1,4 +1,4 @@
-"""Words on the page: what a model wrote made visible, which words a revision changed, numbers as people read them."""
+"""Words for people, on the page and in the terminal: texts made visible, what a revision changed, numbers."""
 
 import difflib
 import re
