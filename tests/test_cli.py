@@ -135,6 +135,7 @@ def test_wrong_flags(flags: list[str], said: str, whole: Path, capsys: pytest.Ca
         (["evaluate", "--limit", "3", "run"], "a folder is wanted first, before any flag"),
         (["judge", "."], "a file of questions or of pairs is wanted after ."),
         (["run"], "a recipe is wanted first, before any flag: bylaw run RECIPE.toml"),
+        (["run", "--ppo.iterations", "3", "recipe.toml"], "a recipe is wanted first, before any flag"),
         (["experiment"], "experiment '' is not known; allowed, in front of the flags: revisions"),
         (["experiment", "--runs", "x"], "allowed, in front of the flags: revisions"),
         (["constitution", "shwo", "default"], "allowed: show FILE, check FILE"),
@@ -147,6 +148,11 @@ def test_mistakes_in_a_command_are_one_line(
     monkeypatch.chdir(tmp_path)
     code, _, err = run_main(args, capsys)
     assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_flag_may_end_in_the_name_of_a_constitution(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run_main(["run", "--constitution", "mine.toml"], capsys)
+    assert code == 2 and "Required options" in err and "wanted first" not in err
 
 
 def test_constitution_show_and_check(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

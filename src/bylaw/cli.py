@@ -73,7 +73,7 @@ def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
         if args and not args[0].startswith("-"):
             recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog, description=about)
         else:
-            if not args or any(arg.endswith(".toml") and Path(arg).is_file() for arg in args[-1:]):
+            if not args or (args[-1].endswith(".toml") and not args[-2:][0].startswith("-")):
                 usage = f"bylaw {command} RECIPE.toml [flags]"
                 raise ValueError(f"a recipe is wanted first, before any flag: {usage}; `--help` lists every setting")
             recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)

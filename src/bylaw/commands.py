@@ -17,8 +17,7 @@ _IDS = """ID is a prompt's id, for everything of it; PROMPT@ROUND, a round of it
 PROMPT+N, a helpful sample; or ppo/ITERATION/PLACE, an episode. For prompt ids that look like one of these, write
 prompt:, round:, pair: or helpful: in front. Records that no stage made have the name of their place in the run in
 front: evaluation/PROMPT#N, amendments/HASH/PROMPT#N, judge/NAME/ID, behaviour/NAME/MODEL/PROMPT+N,
-reward/helpful/ID.
---json prints JSON."""
+reward/helpful/ID. --json prints JSON."""
 
 _WITHOUT = {
     "critique": "answers cannot be criticised or revised by it (`bylaw revise`)",
