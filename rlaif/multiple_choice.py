@@ -99,8 +99,8 @@ def measure_choices(answers: Sequence[Record]) -> dict[str, Any]:
     and "reliability" compare the probability of the chosen option with whether it is right (arXiv 1706.04599).
     "positions" has, by place, how often the option there is chosen and how often it is right: a judge that likes the
     first letter chooses it more often than it is right. "interval" is that of the accuracy, of 95 %, with the questions
-    as trials. "accuracy_per_token" divides each score by its tokens first,
-    which is fairer to long texts. Measures are None without any answer.
+    as trials. "accuracy_per_token" divides each score by its tokens first, which is fairer to long texts. Measures are
+    None without any answer.
     """
     read = [one for one in answers if not one["abstained"]]
     reasons = [one["abstained"] for one in answers if one["abstained"]]

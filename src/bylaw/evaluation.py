@@ -10,7 +10,7 @@ named, named_right  of refusals of harmful prompts: those that name a principle;
 boilerplate         share of all answers that contain the commonest 8-gram of tokens (rlaif/monitor.py)
 
 By default answers are read by rules (src/bylaw/reading.py), and rules read words, not meaning. Of a run every model is
-evaluated, by the run's own constitution, and `bylaw report` shows what was found, questions by questions.
+evaluated, by the run's own constitution, and `bylaw report` shows every evaluation that the run keeps.
 """
 
 import hashlib
