@@ -49,6 +49,14 @@ def contents(dialogue: Dialogue) -> list[str]:
     return [message["content"] for message in dialogue]
 
 
+def test_words_that_the_vocabulary_lacks_are_told(
+    folder: Path, shown: list[Dialogue], capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat(folder, ChatConfig(), ["how to mend the zeppelin , or a \x1b[2J zeppelin ?\n", "how ?\n"])
+    told = [line for line in capsys.readouterr().out.splitlines() if "vocabulary" in line]
+    assert len(told) == 1 and "zeppelin" in told[0] and "mend" not in told[0] and "\x1b" not in told[0]
+
+
 def test_talk_goes_on_and_begins_anew_at_an_empty_line(folder: Path, shown: list[Dialogue]) -> None:
     chat(folder, ChatConfig(system="care"), ["how ? \n", "to mend ?\n", " \n", "which ?\n"])
     assert [contents(dialogue) for dialogue in shown] == [

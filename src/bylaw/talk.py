@@ -73,6 +73,8 @@ def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -
             talk = list(opening)
             continue
         talk.append(turn("user", line.strip()))
+        if unknown := tokenizer.unknown(line.strip()):
+            print(f"(Its vocabulary lacks: {visible(', '.join(unknown))}. It is shown a gap there.)")
         context = engine.model.config.max_position_embeddings
         if len(tokenizer.prompt_ids(talk)) >= context and len(talk) > len(opening) + 1:
             print(f"(This talk has outgrown the model's context of {context} tokens; a new one begins.)")

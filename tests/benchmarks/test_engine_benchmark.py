@@ -128,7 +128,7 @@ def test_own_checkpoint_by_the_command_line(folder: Path, capsys: pytest.Capture
     ("args", "said"),
     [
         ([], "allowed: bylaw bench engine FOLDER"),
-        (["engine"], "a folder is wanted: bylaw bench engine FOLDER"),
+        (["engine"], "a folder is wanted first, before any flag: bylaw bench engine FOLDER"),
         (["engine", "nowhere"], "nowhere: no such folder"),
         (["engine", "nowhere", "--device", "cuda"], "device = 'cuda', but torch finds none"),
     ],
