@@ -64,6 +64,19 @@ def test_one_changed_byte_in_any_file_is_reported(run: Path) -> None:
     assert check(run).problems == []
 
 
+def test_whoever_reads_a_changed_file_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = (["trust", str(run)], ["attribution", str(run)], ["trace", str(run), "p-fence"])
+    for command in commands:
+        main(command)
+    assert "changed" not in capsys.readouterr().err
+    path = run / "label" / "preferences.jsonl"
+    path.write_text(path.read_text().replace('"abstained": ""', '"abstained":  ""', 1))
+    for command in commands:
+        main(command)
+        told = capsys.readouterr()
+        assert "note: changed after they were written: label/preferences.jsonl; `bylaw check`" in told.err and told.out
+
+
 def test_no_byte_of_the_sums_can_be_changed(run: Path) -> None:
     path = run / "SHA256SUMS"
     whole = path.read_bytes()

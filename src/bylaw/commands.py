@@ -145,6 +145,7 @@ def attribution(args: list[str]) -> None:
     run, as_json = _reading(args, "attribution", attribution)
     if run is None:
         return
+    _warn(run)
     from dataclasses import asdict
 
     from bylaw.attribution import attribute_run, describe_attribution
@@ -158,6 +159,7 @@ def trust(args: list[str]) -> None:
     run, as_json = _reading(args, "trust", trust)
     if run is None:
         return
+    _warn(run)
     from bylaw.ledger import Ledger
     from bylaw.rlaif.trust import describe_trust
     from bylaw.rlaif.trust import trust as measure
@@ -205,6 +207,7 @@ def trace(args: list[str]) -> None:
     plain = [arg for arg in args if arg != "--json"]
     if len(plain) != 2:
         raise ValueError(f"got {' '.join(args) or 'nothing'}; allowed: {usage}. {' '.join(_IDS.split())}")
+    _warn(Path(plain[0]))
     from bylaw.ledger import Ledger
     from bylaw.trace import Tracer
     from bylaw.trace_text import describe
@@ -252,6 +255,17 @@ def kernels(args: list[str]) -> None:
     from bylaw.explain import explain
 
     print(explain(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def _warn(run: Path) -> None:
+    """Say, beside what is printed, that it may be made of files which somebody has changed."""
+    from bylaw.sums import altered
+
+    if found := altered(run):
+        print(
+            f"note: changed after they were written: {visible(', '.join(found))}; `bylaw check` tells more",
+            file=sys.stderr,
+        )
 
 
 def _folder(args: list[str], usage: str) -> tuple[Path | None, list[str]]:

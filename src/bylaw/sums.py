@@ -10,6 +10,7 @@ from bylaw.lock import in_turn
 from bylaw.model.records import sha256_file, write_atomic
 from bylaw.recipe import EVERY_STAGE
 
+TEXTS = (".jsonl", ".json", ".toml")
 _LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # those of GNU coreutils: a line that has some begins with \
 
@@ -67,6 +68,21 @@ def read_sums(run: Path) -> dict[str, str]:
             )
         sums[_unescaped(match[3]) if match[1] else match[3]] = match[2]
     return sums
+
+
+def altered(run: Path) -> list[str]:
+    """Files of texts and figures that are gone, or are not what their hash says, and a SHA256SUMS that cannot be read.
+    Those of checkpoints are not looked at.
+    """
+    try:
+        sums = read_sums(run)
+    except ValueError:
+        return [SUMS]
+    still_open = unfinished(run)
+    names = [name for name in sums if Path(name).suffix in TEXTS and not _within(name, still_open)]
+    # A folder that is gone as a whole is one that is to be made again.
+    names = [name for name in names if "/" not in name or (run / _folder_of(name)).exists()]
+    return [name for name in names if not (run / name).is_file() or sha256_file(run / name) != sums[name]]
 
 
 def render_sums(sums: Mapping[str, str]) -> str:

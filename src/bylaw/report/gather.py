@@ -8,16 +8,15 @@ from typing import Any, Literal
 
 from bylaw.constitution.load import load_constitution, parse_constitution
 from bylaw.constitution.schema import Constitution
-from bylaw.layout import BEGUN, BEHAVIOUR, FOUND, JUDGED, MANIFEST, MEASURES, SUMS
-from bylaw.model.records import Record, decode_record, numbered_lines, read_object, sha256_file
+from bylaw.layout import BEGUN, BEHAVIOUR, FOUND, JUDGED, MANIFEST, MEASURES
+from bylaw.model.records import Record, decode_record, numbered_lines, read_object
 from bylaw.recipe import EVERY_STAGE
 from bylaw.report import forms
 from bylaw.report.behaviour import Evaluation, evaluations
 from bylaw.report.forms import check_form
 from bylaw.report.marks import Marks, marks_of
-from bylaw.sums import read_sums, unfinished
+from bylaw.sums import altered
 
-TEXTS = (".jsonl", ".json", ".toml")
 State = Literal["finished", "begun", "absent"]
 
 
@@ -90,22 +89,9 @@ def _gather(folder: Path) -> RunFacts:
         summary=summary,
         evaluations=evaluations(summary, _each(folder / BEHAVIOUR, FOUND, forms.EVALUATION)),
         known=_each(folder / JUDGED, MEASURES, forms.KNOWN),
-        altered=_altered(folder),
+        altered=altered(folder),
         marks=marks_of(rollouts, ids) if rewards_by_judge(recipe) else [],
     )
-
-
-def _altered(folder: Path) -> list[str]:
-    """Files of texts and figures that are gone, or are not what their hash says. Those of checkpoints are not read."""
-    try:
-        sums = read_sums(folder)
-    except ValueError:
-        return [SUMS]
-    at_work = tuple(f"{name}/" for name in unfinished(folder))
-    names = [name for name in sums if Path(name).suffix in TEXTS and not name.startswith(at_work)]
-    # A folder that is gone as a whole is one that is to be made again.
-    names = [name for name in names if "/" not in name or (folder / name.split("/")[0]).exists()]
-    return [name for name in names if not (folder / name).is_file() or sha256_file(folder / name) != sums[name]]
 
 
 def rewards_by_judge(recipe: Mapping[str, Any]) -> bool:
