@@ -71,13 +71,18 @@ def settings(**changes: Any) -> RewardConfig:
 def test_the_taste_of_a_known_judge_goes_through_labels_into_the_reward_model(
     make_model: MakeModel, tokenizer: Tokenizer, known_judge: Any, constitution: Constitution, tmp_path: Path
 ) -> None:
-    """Pairs, labels by a judge that mostly says A, split, training: then the order of held-out answers is right."""
+    """Pairs, labels by a judge that mostly says A, split, training: every label is right, and then the order of nearly
+    all held-out answers.
+    """
     known_judge.bias = 2.0
     reader = LocalReader(engine=known_judge, seed=SEED, prefix=constitution.templates.answer_prefix, hash="known")
     judge = Judge(reader=reader, constitution=constitution, config=LabelConfig(), seed=SEED)
     pairs = made_pairs(tokenizer, prompts=400)
     label(judge, pairs, tmp_path / "preferences.jsonl")
     preferences = read_records(tmp_path / "preferences.jsonl")
+    sides = [(one["p_a"] - 0.5, lead(one)) for one in preferences]
+    assert len(sides) == len(pairs) and sum(better != 0 for _, better in sides) > 200
+    assert all(said == 0 if better == 0 else said * better > 0 for said, better in sides)
     config = settings(batch_size=16, epochs=3)
     train, heldout, _ = split_pairs(preferences, tokenizer, config.heldout_fraction, SEED, CONTEXT)
     model = scalar_model(make_model(width=24), SEED)
