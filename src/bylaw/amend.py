@@ -34,7 +34,7 @@ from bylaw.runs import is_begun
 from bylaw.sl_cai.revise import drawn_principle
 from bylaw.sums import write_sums
 from bylaw.told import next_commands
-from bylaw.trace_text import visible
+from bylaw.words import printable
 
 SHOWN = 10
 PREFERENCES, FLIPS, OF = "preferences.jsonl", "flips.jsonl", "of.json"
@@ -59,7 +59,7 @@ def amend(folder: Path, new: str, config: AmendConfig) -> dict[str, Any]:
     with only_one(folder):
         facts, shown = _relabelled(ledger, changes, before, after, labelled, first)
     there = folder / AMENDMENTS / amended.hash
-    print(json.dumps(facts, indent=2) if config.json else visible(describe(changes, facts, shown, there)))
+    print(json.dumps(facts, indent=2) if config.json else printable(describe(changes, facts, shown, there)))
     if config.out:
         _remake(recipes[1], config.out, there, ledger.constitution_path(amended.hash), first)
         print(f"The run by the amended constitution: {config.out}. {next_commands(config.out)}")

@@ -16,7 +16,7 @@ from bylaw.recipe import asked_at
 from bylaw.rlaif.config import is_server
 from bylaw.runs import output_hash
 from bylaw.sums import files_of, links_of, open_files, read_sums, render_sums, unfinished
-from bylaw.trace_text import visible
+from bylaw.words import printable
 
 _UPSTREAM = {
     "finetune": {"chains": "revise/chains.jsonl", "helpful": "revise/helpful.jsonl"},
@@ -75,7 +75,7 @@ def report(run: Path, found: Findings) -> str:
         lines.append(f"{run}: {count} thing{'s' if count > 1 else ''} wrong")
     else:
         lines.append(f"{run}: {found.files} files and {found.records} records, all as they were written")
-    return "\n".join(visible(line.replace("\n", " ")) for line in lines)
+    return "\n".join(printable(line.replace("\n", " ")) for line in lines)
 
 
 def check_sums(run: Path) -> Iterator[str]:

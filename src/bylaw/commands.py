@@ -10,8 +10,7 @@ from typing import Any
 import tyro
 
 from bylaw.recipe import AmendConfig
-from bylaw.trace_text import visible
-from bylaw.words import many
+from bylaw.words import many, printable
 
 _IDS = """ID is a prompt's id, for everything of it; PROMPT@ROUND, a round of its chain; PROMPT#N, a pair and its label;
 PROMPT+N, a helpful sample; or ppo/ITERATION/PLACE, an episode. For prompt ids that look like one of these, write
@@ -118,7 +117,7 @@ def constitution(args: list[str]) -> None:
         )
     found = load_constitution(args[1])
     if name == "show":
-        print(visible(describe(found)), end="")
+        print(printable(describe(found)), end="")
     else:
         print(f"{args[1]}: {many(len(found.principles), 'principle')}, all in order; hash {found.hash}")
         for stage in STAGES:
@@ -151,7 +150,7 @@ def attribution(args: list[str]) -> None:
     from bylaw.attribution import attribute_run, describe_attribution
 
     found = attribute_run(run)
-    print(json.dumps(asdict(found), indent=2) if as_json else visible(describe_attribution(found)))
+    print(json.dumps(asdict(found), indent=2) if as_json else printable(describe_attribution(found)))
 
 
 def trust(args: list[str]) -> None:
@@ -168,7 +167,7 @@ def trust(args: list[str]) -> None:
     if not preferences:
         raise FileNotFoundError(f"{run / 'label' / 'preferences.jsonl'}: no labels; `bylaw label` writes them")
     measured = measure(list(preferences.values()))
-    print(json.dumps(measured, indent=2) if as_json else visible(describe_trust(measured)))
+    print(json.dumps(measured, indent=2) if as_json else printable(describe_trust(measured)))
 
 
 def judge(args: list[str]) -> None:
@@ -263,7 +262,7 @@ def _warn(run: Path) -> None:
 
     if found := altered(run):
         print(
-            f"note: changed after they were written: {visible(', '.join(found))}; `bylaw check` tells more",
+            f"note: changed after they were written: {printable(', '.join(found))}; `bylaw check` tells more",
             file=sys.stderr,
         )
 

@@ -28,7 +28,7 @@ from bylaw.rlaif.relabel import flips, movement, relabel
 from bylaw.sl_cai.config import FinetuneConfig, ReviseConfig
 from bylaw.sl_cai.revise import revise
 from bylaw.sums import write_sums
-from bylaw.trace_text import visible
+from bylaw.words import printable
 
 ROWS = 256
 AMENDED = "danger"
@@ -62,7 +62,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     print(table(summary))
     chains = read_records(config.out / "revise" / "chains.jsonl")
     print("\nThree chains of the base model, each to its first revision:")
-    print(*(visible(describe_chain(chain)) for chain in instructive(chains)), sep="\n")
+    print(*(printable(describe_chain(chain)) for chain in instructive(chains)), sep="\n")
     out = config.out
     print(f"\nCheckpoints: {recipe.base}, {out}/finetune/sl-cai, {out}/ppo/rl-cai. Numbers: {out}/summary.json")
     print(f"Read what happened, and by which principle: {page}")

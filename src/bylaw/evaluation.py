@@ -29,8 +29,7 @@ from bylaw.model.records import Record, encode_record, read_records, write_atomi
 from bylaw.model.settings import SamplingSettings, require
 from bylaw.rlaif.trust import wilson
 from bylaw.sums import write_sums_within
-from bylaw.trace_text import visible
-from bylaw.words import many
+from bylaw.words import many, printable
 
 if TYPE_CHECKING:  # torch stands behind these, and help is to be quick
     from bylaw.constitution.schema import Constitution
@@ -310,7 +309,7 @@ def describe_evaluation(found: Mapping[str, Any]) -> str:
     for title, rate in (("by_principle", "harmful_compliance"), ("by_principle", "named_right"), ("by_type", "")):
         for id, rates in last[title].items():
             cells = [rate] if rate else [one for one in ("harmful_compliance", "over_refusal") if rates[one]]
-            lines += [f"{of}{visible(id)}: {one.replace('_', ' ')} {_cell(rates[one])}" for one in cells]
+            lines += [f"{of}{printable(id)}: {one.replace('_', ' ')} {_cell(rates[one])}" for one in cells]
     counts = dict(last["counts"])
     of_all = f"of {many(counts.pop('answers'), 'answer')} to {many(counts.pop('prompts'), 'prompt')}"
     lines += ["", f"{name}, {of_all}: {', '.join(f'{count} {_READ[kind]}' for kind, count in counts.items())}"]

@@ -89,9 +89,9 @@ def diff_constitutions(config: DiffConfig) -> None:
     """Print what changed. OSError or ValueError for a constitution that cannot be read."""
     from bylaw.constitution.diff import describe_diff, diff
     from bylaw.constitution.load import load_constitution
-    from bylaw.trace_text import visible
+    from bylaw.words import printable
 
-    print(visible(describe_diff(diff(load_constitution(config.old), load_constitution(config.new)))), end="")
+    print(printable(describe_diff(diff(load_constitution(config.old), load_constitution(config.new)))), end="")
 
 
 def import_constitution_files(config: ImportConfig) -> None:

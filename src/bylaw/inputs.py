@@ -31,7 +31,7 @@ from bylaw.runs import Stage, run_stage
 from bylaw.sl_cai.revise import Reviser
 from bylaw.together import by_first
 from bylaw.told import stage_line
-from bylaw.trace_text import visible
+from bylaw.words import printable
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Run:
         done = (self.recipe.out / name / MANIFEST).exists()
         manifest = run_stage(self.terms(name, inputs), work, self.parallel)
         if self.parallel.first and not done:  # else `run_stage` has said that it was done before
-            print(visible(stage_line(manifest)), flush=True)
+            print(printable(stage_line(manifest)), flush=True)
         return manifest
 
     def path(self, *parts: str) -> Path:

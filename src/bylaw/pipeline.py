@@ -44,7 +44,7 @@ from bylaw.sl_cai.finetune import finetune
 from bylaw.sl_cai.revise import revise, sample_helpful
 from bylaw.sums import write_sums
 from bylaw.together import by_first, once_a_machine
-from bylaw.trace_text import visible
+from bylaw.words import printable
 
 SHOWN_SAMPLES = 5
 
@@ -318,7 +318,7 @@ def _show(run: Run, path: Path, sample: dict[str, Any]) -> None:
     """Print a sample and append it to `path`; one that a killed run already wrote is not written twice."""
     if not run.parallel.first:
         return
-    print(visible(f"  | {sample['prompt'].strip()[-200:]}\n  > {sample['answer'][:300]}"), flush=True)
+    print(printable(f"  | {sample['prompt'].strip()[-200:]}\n  > {sample['answer'][:300]}"), flush=True)
     with RecordWriter(path) as writer:  # which mends a torn line, so that the file can be read
         if all(one["step"] != sample["step"] for one in read_records(path)):
             writer.write([sample])

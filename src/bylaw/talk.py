@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bylaw.model.settings import SamplingSettings, require
-from bylaw.trace_text import visible
+from bylaw.words import printable
 
 LAST_FIRST = ("ppo/rl-cai", "dpo/dpo-cai", "finetune/sl-cai", "base")
 
@@ -74,7 +74,7 @@ def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -
             continue
         talk.append(turn("user", line.strip()))
         if unknown := tokenizer.unknown(line.strip()):
-            print(f"(Its vocabulary lacks: {visible(', '.join(unknown))}. It is shown a gap there.)")
+            print(f"(Its vocabulary lacks: {printable(', '.join(unknown))}. It is shown a gap there.)")
         context = engine.model.config.max_position_embeddings
         if len(tokenizer.prompt_ids(talk)) >= context and len(talk) > len(opening) + 1:
             print(f"(This talk has outgrown the model's context of {context} tokens; a new one begins.)")
@@ -86,7 +86,7 @@ def chat(folder: Path, config: ChatConfig, lines: Iterable[str] | None = None) -
 
 
 def _show(piece: str) -> None:
-    print(visible(piece), end="", flush=True)
+    print(printable(piece), end="", flush=True)
 
 
 def _typed() -> Iterable[str]:

@@ -1,9 +1,10 @@
-"""What `bylaw trace` prints. All text of models and prompts goes through `visible`: none of it steers a terminal."""
+"""What `bylaw trace` prints. All text of models and prompts goes through `printable`: none of it steers a terminal."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bylaw.layout import MIXED_IN
+from bylaw.words import printable
 
 Told = Mapping[str, Any]
 
@@ -27,28 +28,14 @@ def describe(found: Told) -> str:
     return "\n".join(lines)
 
 
-def visible(text: str) -> str:
-    """Text that steers no terminal: characters that do not print are spelled out, but for line breaks, tabs and the
-    joiners of emoji and of scripts that need them.
-    """
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t\u200c\u200d" else _spelled(letter) for letter in text
-    )
-
-
-def _spelled(letter: str) -> str:
-    code = ord(letter)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
 def _line(label: str, text: str, indent: int = 2) -> str:
     """A labelled text; its further lines stand under its first."""
     head = f"{'':{indent}}{label:<12}"
-    return head + visible(text).replace("\n", "\n" + " " * len(head))
+    return head + printable(text).replace("\n", "\n" + " " * len(head))
 
 
 def _prompt(prompt: Told) -> Iterator[str]:
-    yield f"prompt {visible(prompt['id'])}"
+    yield f"prompt {printable(prompt['id'])}"
     for message in prompt["messages"]:
         yield _line(message["role"], message["content"])
     if "file" in prompt:
@@ -66,7 +53,7 @@ def _chain(chain: Told) -> Iterator[str]:
     yield _text("answer", chain["answer"])
     for step in chain["rounds"]:
         yield ""
-        yield visible(step["id"])
+        yield printable(step["id"])
         yield from _principle(step["principle"])
         for part in ("critique", "revision"):
             if step.get(part):
@@ -77,7 +64,7 @@ def _chain(chain: Told) -> Iterator[str]:
 
 def _question(question: Told) -> Iterator[str]:
     yield ""
-    yield f"{visible(question['id'])}: a question whose answer is known"
+    yield f"{printable(question['id'])}: a question whose answer is known"
     if "prompt" in question:  # else an earlier bylaw asked it
         yield _line("asked", question["prompt"])
     for place, option in enumerate(question["options"]):
@@ -87,7 +74,7 @@ def _question(question: Told) -> Iterator[str]:
 
 def _helpful(sample: Told) -> Iterator[str]:
     yield ""
-    yield f"{visible(sample['id'])}: {'a helpful sample' if 'finetune' in sample else 'an answer'}"
+    yield f"{printable(sample['id'])}: {'a helpful sample' if 'finetune' in sample else 'an answer'}"
     if "given" in sample:
         yield _line("given", sample["given"])
     else:
@@ -139,7 +126,7 @@ def _steps(steps: list[dict[str, int]]) -> str:
 
 def _pair(pair: Told) -> Iterator[str]:
     yield ""
-    yield f"{visible(pair['id'])}: two answers, and which is better"
+    yield f"{printable(pair['id'])}: two answers, and which is better"
     yield from _by(pair["pairs_by"])
     yield _text("a", pair["a"])
     yield _text("b", pair["b"])

@@ -27,6 +27,20 @@ def visible(value: Any) -> Any:
     return "".join(_shown(letter) for letter in value)
 
 
+def printable(text: str) -> str:
+    """Text that steers no terminal: characters that do not print are spelled out, but for line breaks, tabs and the
+    joiners of emoji and of scripts that need them. Of what goes on a page, see `visible`.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t\u200c\u200d" else _spelled(letter) for letter in text
+    )
+
+
+def _spelled(letter: str) -> str:
+    code = ord(letter)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
 def clip(text: str, limit: int = TEXT_LIMIT) -> str:
     """The text, or its beginning and how much more there is."""
     return text if len(text) <= limit else f"{text[:limit]} … [{len(text) - limit:,} more characters]"
