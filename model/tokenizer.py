@@ -198,9 +198,9 @@ class Tokenizer:
         """The pieces of a text that the vocabulary has no token for, each once; none for most tokenizers, which can
         spell everything.
         """
-        read = self._encoding(text)
+        read, unknown = self._encoding(text), self._token_id("unk_token")
         pieces = zip(read.ids, read.offsets, strict=True)
-        return list(dict.fromkeys(text[at:end] for id, (at, end) in pieces if id == self._token_id("unk_token")))
+        return list(dict.fromkeys(text[at:end] for id, (at, end) in pieces if id == unknown))
 
     def option_ids(self, options: Sequence[str], after: str = "") -> list[int]:
         """The one token of each option, such as " A" and " B", as it follows the text `after`.

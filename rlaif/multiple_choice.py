@@ -21,13 +21,11 @@ from bylaw.model.records import Record, decode_record, written_lines
 from bylaw.model.sampler import tokenizer_of, turn
 from bylaw.model.tokenizer import Tokenizer
 from bylaw.rlaif.reader import TOO_LONG, Question, Reader
-from bylaw.rlaif.trust import calibration, spread, wilson
+from bylaw.rlaif.trust import LITTLE, calibration, spread, wilson
 
 By = Literal["letters", "texts"]
 Style = Literal["plain", "chat"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LITTLE = 0.5
-"""Of the probability on all letters together, below which their comparison says little of the judge."""
 _LETTER = re.compile(r"\s*\(?([A-Za-z])\)?[.:]?\s*")
 _FORMS = "{prompt, corrects, incorrects}, {prompt, options, answer} or {input, target_scores}"
 

@@ -104,7 +104,10 @@ def _check_own(record: Record, where: str) -> None:
 
 
 def _is_label(reading: object) -> bool:
-    return isinstance(reading, dict) and {"principle", "p_a", "abstained", "weight"} <= reading.keys()
+    if not isinstance(reading, dict) or not {"principle", "p_a", "abstained", "weight"} <= reading.keys():
+        return False
+    principle = reading["principle"]
+    return isinstance(principle, dict) and {"id", "hash"} <= principle.keys()
 
 
 def _is_text(answer: Record) -> bool:

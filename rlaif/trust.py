@@ -18,6 +18,8 @@ from bylaw.model.records import Record
 from bylaw.model.settings import require
 
 TIE = 0.005
+LITTLE = 0.5
+"""Of the probability on all letters together, below which their comparison says little of the judge."""
 BINS = 10
 Z = 1.959964  # of 95 %
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

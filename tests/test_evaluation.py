@@ -252,11 +252,10 @@ def test_the_command_compares_two_checkpoints_and_goes_on(
     assert "another bylaw is at work in evaluation" in capsys.readouterr().err
 
 
-def test_every_model_of_a_run_by_its_own_constitution_and_the_report_shows_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, list[str]]:
+    """A run as far as its first trained model, and files to evaluate it on, as flags."""
     write_run(tmp_path)
-    run = tmp_path / "out"
     for stage in ("revise", "finetune"):
         main([stage, str(tmp_path / "recipe.toml")])
     (tmp_path / "small.toml").write_text("the recipe's file is another now")
@@ -265,6 +264,17 @@ def test_every_model_of_a_run_by_its_own_constitution_and_the_report_shows_it(
     write_lines(tmp_path / "b.jsonl", [{"prompt": "how do i mend a gate ?"}])
     capsys.readouterr()
     files = ["--harmful", str(tmp_path / "h.jsonl"), "--benign", str(tmp_path / "b.jsonl"), "--max-tokens", "4"]
+    return tmp_path / "out", files
+
+
+def answers_in(path: Path) -> dict[str, Any]:
+    return {one["id"]: one["answer"] for one in read_records(path)}
+
+
+def test_every_model_of_a_run_by_its_own_constitution_and_the_report_shows_it(
+    asked: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, files = asked
     main(["evaluate", str(run), *files, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert list(found)[:3] == ["base", "sl_cai", "difference"] and not check(run).problems
@@ -272,29 +282,38 @@ def test_every_model_of_a_run_by_its_own_constitution_and_the_report_shows_it(
     change = found["sl_cai"]["helpfulness"]["share"] - found["base"]["helpfulness"]["share"]
     assert found["difference"]["helpfulness"]["share"] == change
     (kept,) = (run / "behaviour").iterdir()
-    alone = {one["id"]: one["answer"] for one in read_records(kept / "sl_cai.jsonl")}
     main(["evaluate", str(run / "finetune" / "sl-cai"), *files, "--out", str(tmp_path / "alone"), "--json"])
-    assert {one["id"]: one["answer"] for one in read_records(tmp_path / "alone" / "checkpoint.jsonl")} == alone
+    assert answers_in(tmp_path / "alone" / "checkpoint.jsonl") == answers_in(kept / "sl_cai.jsonl")
     page = render(gather(run), ReportConfig())
     for told in ("as rules read them", "By what is at stake", "Kindness", "<h3>Checkpoints</h3>"):
         assert told in page
     share = found["sl_cai"]["by_principle"]["kind"]["harmful_compliance"]["share"]
     assert f"SL-CAI: {percent(share, 1)}" in page[page.index("By what is at stake") :]
+    assert found["trained_on"] == 1 and "1 prompt of these is one that the run was trained on" in page
+
+
+def test_evaluations_lie_side_by_side_are_traced_and_taken_back(
+    asked: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, files = asked
+    main(["evaluate", str(run), *files])
+    (kept,) = (run / "behaviour").iterdir()
     main(["evaluate", str(run), *files[2:]])  # other prompts lie beside the first ones,
     main(["evaluate", str(run), *files, "--rules", str(rules_of(tmp_path))])  # and other rules read the same answers
     said = capsys.readouterr().out
     assert "sl_cai, of 1 answer to 1 prompt: " in said and f"with what was read in each: {kept}. `bylaw report" in said
-    assert found["trained_on"] == 1 and "1 prompt of these are prompts that the run was trained on" in said
+    assert "1 prompt of these are prompts that the run was trained on" in said
     assert len(list((run / "behaviour").iterdir())) == 2 and not check(run).problems
     assert "As rules on h.jsonl and b.jsonl found it" in render(gather(run), ReportConfig())
     found = Tracer(Ledger(run)).trace(f"behaviour/{kept.name}/sl_cai/x+0")
-    assert found["helpful"][0]["answer"] == alone["x"]
-    main(["evaluate", str(run), *files, "--out", str(run / "behaviour")])
-    assert check(run).notes == [] and "As rules on h.jsonl and b.jsonl found it" in render(gather(run), ReportConfig())
+    assert found["helpful"][0]["answer"] == answers_in(kept / "sl_cai.jsonl")["x"]
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), *files, "--out", str(run / "behaviour")])
+    assert "behaviour holds a folder for each evaluation; leave it out" in capsys.readouterr().err
     shutil.rmtree(kept)  # taken back
     main(["report", str(run)])
-    assert not check(run).problems and not (run / "behaviour" / kept.name).exists()
-    with pytest.raises(ValueError, match=r"In front of an ID there may stand: behaviour/b-.*behaviour/sl_cai$"):
+    assert (check(run).problems, check(run).notes) == ([], []) and not kept.exists()
+    with pytest.raises(ValueError, match=r"there may stand: behaviour/b-\w+/base, behaviour/b-\w+/sl_cai$"):
         Tracer(Ledger(run)).trace("behaviour/x+0")
 
 

@@ -73,7 +73,7 @@ def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
         if args and not args[0].startswith("-"):
             recipe = tyro.cli(Recipe, default=load_recipe(Path(args[0])), args=args[1:], prog=prog, description=about)
         else:
-            if not args or (args[-1].endswith(".toml") and not args[-2:][0].startswith("-")):
+            if not args or _is_recipe_last(args):
                 usage = f"bylaw {command} RECIPE.toml [flags]"
                 raise ValueError(f"a recipe is wanted first, before any flag: {usage}; `--help` lists every setting")
             recipe = tyro.cli(Recipe, args=args, prog=prog, description=about)
@@ -83,6 +83,11 @@ def _stages(names: Sequence[str], command: str, args: list[str]) -> None:
     run_pipeline(recipe, names or recipe.stages)
     if os.environ.get("RANK", "0") == "0" and not names:
         print(next_commands(recipe.out))
+
+
+def _is_recipe_last(args: list[str]) -> bool:
+    """Whether arguments that begin with a flag end with a recipe: a TOML file that is no flag's value."""
+    return len(args) > 1 and args[-1].endswith(".toml") and not args[-2].startswith("-")
 
 
 def _stage_command(names: Sequence[str], command: str, summary: str) -> Callable[[list[str]], None]:

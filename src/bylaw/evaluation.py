@@ -116,7 +116,7 @@ def evaluate(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     read, places = rules.reader(constitution), _places(run, folder, config.against)
     config = replace(config, max_tokens=_longest(config.max_tokens, places.values(), asks))
     about = _about(asks, config)
-    out = config.out or (folder_for(folder / BEHAVIOUR, about["files"][0], about) if run else Path("evaluation"))
+    out = _out(run, about, config.out)
     with only_one(out):
         answers = {
             name: answer(_sampler(place, config), asks, read, name, out, config) for name, place in places.items()
@@ -191,6 +191,13 @@ def _about(asks: Sequence[Ask], config: EvaluateConfig) -> Record:
         "sampling": {name: getattr(config.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
         **({"against": str(config.against.resolve())} if config.against else {}),
     }
+
+
+def _out(run: "Ledger | None", about: Record, given: Path | None) -> Path:
+    """Where an evaluation is kept. ValueError for the folder of a run in which each has one of its own."""
+    if run and given and given.resolve() == (run.run / BEHAVIOUR).resolve():
+        raise ValueError(f"out = {given} holds a folder for each evaluation; leave it out, or name a folder in it")
+    return given or (folder_for(run.run / BEHAVIOUR, about["files"][0], about) if run else Path("evaluation"))
 
 
 def _told(run: "Ledger | None", out: Path) -> str:

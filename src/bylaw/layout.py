@@ -56,6 +56,4 @@ def begun_beside(run: Path) -> list[str]:
     """Folders of evaluations, judgements and amendments that have begun and not finished, as names in the run."""
     ends = {f"{BEHAVIOUR}/*": FOUND, f"{JUDGED}/*": MEASURES, f"{AMENDMENTS}/*": AMENDMENT}
     found = [(place, end) for pattern, end in ends.items() for place in sorted(run.glob(pattern)) if place.is_dir()]
-    if (run / BEHAVIOUR / FOUND).exists():  # one that was written there itself, by --out
-        found = [(place, end) for place, end in found if place != run / BEHAVIOUR / DRAWN]
     return [place.relative_to(run).as_posix() for place, end in found if not (place / end).exists()]

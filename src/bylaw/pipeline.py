@@ -54,8 +54,7 @@ def run_pipeline(recipe: Recipe, stages: Sequence[str] = STAGES) -> dict[str, di
     skipped. The processes of a torchrun program work together, each calling this.
 
     Raises ValueError and FileNotFoundError as the inputs demand, and ValueError where another process works in the
-    folder; of many processes the first does, and the others leave
-    with exit code 2.
+    folder; of many processes the first does, and the others leave with exit code 2.
     """
     with ExitStack() as program:
         with once_a_machine():

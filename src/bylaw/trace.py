@@ -21,6 +21,7 @@ from bylaw.layout import DRAWN, MIXED_IN, parts
 from bylaw.learned import mixed_in, preferred, supervised
 from bylaw.ledger import Ledger
 from bylaw.model.records import Record
+from bylaw.words import many
 
 KINDS = {"prompt": "", "round": "@", "pair": "#", "helpful": "+"}
 _EPISODE = re.compile(r"ppo/([0-9]+)/([0-9]+)")
@@ -61,6 +62,12 @@ class Tracer:
             return {stage: mixed_in(self.ledger, stage) for stage in given}
         return {stage: preferred(self.ledger, stage) for stage in MIXED_IN}
 
+    @cached_property
+    def _of_parts(self) -> dict[str, "Tracer"]:
+        """Of a run, those of its parts. What a part holds is read when it is asked for."""
+        names = [] if self.ledger.part else parts(self.ledger.run)
+        return {name: Tracer(Ledger(self.ledger.run, name)) for name in names}
+
     def trace(self, id: str) -> dict[str, Any]:
         """What is known of an ID, in JSON values; a section is there where it has something.
 
@@ -68,7 +75,7 @@ class Tracer:
         """
         part = "" if self.ledger.part else self._part(id)
         if part:
-            found = Tracer(Ledger(self.ledger.run, part)).trace(id.removeprefix(f"{part}/"))
+            found = self._of_parts[part].trace(id.removeprefix(f"{part}/"))
             return found | {"id": f"{part}/{found['id']}", "part": part}
         if self.ledger.part and id in self.ledger.preferences:  # which a file may have given any id
             one = self.ledger.preferences[id]
@@ -99,7 +106,7 @@ class Tracer:
 
     def _part(self, id: str) -> str:
         """The part of the run that an ID begins with, if it goes on behind it."""
-        found = [part for part in parts(self.ledger.run) if id.startswith(f"{part}/")]
+        found = [part for part in self._of_parts if id.startswith(f"{part}/")]
         return max(found, key=len, default="")
 
     def read(self, id: str) -> Name:
@@ -116,9 +123,8 @@ class Tracer:
 
     def _beside(self, id: str) -> str:
         """The parts that an ID may be meant for: those with a place in the run that its beginning is like."""
-        among = [] if self.ledger.part else parts(self.ledger.run)
         top = id.split("/")[0]
-        meant = [part for part in among if part.split("/")[0] == top and f"/{DRAWN}/" not in part]
+        meant = [part for part in self._of_parts if part.split("/")[0] == top and f"/{DRAWN}/" not in part]
         return f". In front of an ID there may stand: {', '.join(meant)}" if meant and "/" in id else ""
 
     def _exists(self, name: Name) -> bool:
@@ -147,12 +153,12 @@ class Tracer:
         begun = [one for one in known if one.rpartition("/")[2].startswith(asked)]
         near = list(dict.fromkeys([*begun[:3], *difflib.get_close_matches(asked, known, 3)]))[:3] or known[:3]
         of = len(ledger.prompts)
-        return f"; it has {of} prompt{'' if of == 1 else 's'}; near it: {', '.join(map(repr, near))}"
+        return f"; it has {many(of, 'prompt')}; near it: {', '.join(map(repr, near))}"
 
     def _given(self) -> list[str]:
         """Of a run, the preferences that a file gave, as they are asked for."""
-        places = [] if self.ledger.part else MIXED_IN.values()
-        return [f"{part}/{id}" for part in places for id in Ledger(self.ledger.run, part).preferences]
+        there = [part for part in MIXED_IN.values() if part in self._of_parts]
+        return [f"{part}/{id}" for part in there for id in self._of_parts[part].ledger.preferences]
 
     def _prompt(self, id: str) -> dict[str, Any]:
         told: dict[str, Any] = {"id": id, "messages": self.ledger.prompts.get(id, [])}

@@ -65,6 +65,7 @@ def test_helpful_preferences_are_read_in_our_form_and_in_trls(tmp_path: Path) ->
         ({"by": "people"}, r"ours.jsonl:2: by or labels are not those of a preference of ours"),
         ({"labels": [{"p_a": 0.9}]}, r"ours.jsonl:2: by or labels"),
         ({"labels": None}, r"ours.jsonl:2: by or labels"),
+        ({"labels": [{"principle": "kind", "p_a": 1, "abstained": "", "weight": 1}]}, r"ours.jsonl:2: by or labels"),
         ({"id": "x"}, r"ours.jsonl:2: id 'x' is taken by line 1"),
         ({"prompt": []}, r"ours.jsonl:2: prompt: messages = \[\]"),
         ({"a": {"text": "w4"}}, r"ours.jsonl:2: a = \{'text': 'w4'\}; allowed: an answer with text and finish"),

@@ -127,6 +127,16 @@ def test_a_request_that_fails_every_time_ends_the_call_and_the_others_soon() -> 
         reader(server.url).read([question(0)])  # nobody listens there now
 
 
+def refusing(replies: list[tuple[int, str]]) -> Callable[[Body, int], Any]:
+    """A fault for each of the first questions; the others are answered."""
+
+    def fault(body: Body, attempt: int) -> Any:
+        number = number_of(body)
+        return (replies[number][0], {}, replies[number][1]) if number < len(replies) else None
+
+    return fault
+
+
 OVERLONG = [
     (400, '{"error": {"message": "x", "code": "context_length_exceeded"}}'),
     (400, '{"message": "This model\'s maximum context length is 16 tokens."}'),
@@ -136,11 +146,7 @@ OVERLONG = [
 
 
 def test_a_question_longer_than_the_context_abstains() -> None:
-    def fault(body: Body, attempt: int) -> Any:
-        status, text = OVERLONG[number_of(body)] if number_of(body) < len(OVERLONG) else (0, "")
-        return (status, {}, text) if status else None
-
-    with serving(numbered, fault) as server:
+    with serving(numbered, refusing(OVERLONG)) as server:
         readings = reader(server.url).read([question(n) for n in range(5)])
         [thought] = reader(server.url).think([Thought(question(0).messages, "", ("t",), 4)])
     assert readings == [Reading(None, TOO_LONG)] * 4 + numbered_readings(5)[4:]
@@ -163,11 +169,7 @@ CENSORED = [
 
 
 def test_a_question_that_a_content_filter_refuses_abstains_alone() -> None:
-    def fault(body: Body, attempt: int) -> Any:
-        status, text = CENSORED[number_of(body)] if number_of(body) < len(CENSORED) else (0, "")
-        return (status, {}, text) if status else None
-
-    with serving(numbered, fault) as server:
+    with serving(numbered, refusing(CENSORED)) as server:
         readings = reader(server.url).read([question(n) for n in range(6)])
         [thought] = reader(server.url).think([Thought(question(0).messages, "", ("t",), 4)])
         assert len(server.seen) == 7  # none of them asked again

@@ -17,8 +17,8 @@ MEANS = {
     "rl_cai": "it has then practised, and was drawn towards what the judge prefers",
     "dpo_cai": "it has then learnt from the judge's preferences",
 }
-# a measure of summary.json, and the rate of an evaluation that is the same
-_RATES = {
+# A measure of summary.json, and the rate of an evaluation that is the same.
+RATES = {
     "complied_harmful": "harmful_compliance",
     "refused_harmful": "refused",
     "named_right_principle": "named_right",
@@ -120,7 +120,7 @@ def _read(measured: Mapping[str, Any]) -> Record:
     """Measures of `bylaw evaluate` by the names of summary.json. "intervals" has the 95 % interval of each, "of" the
     number of its answers, and "complied_by_kind" the share of answers that comply, by principle at stake.
     """
-    rates = {name: measured[rate] for name, rate in _RATES.items() if measured.get(rate)}
+    rates = {name: measured[rate] for name, rate in RATES.items() if measured.get(rate)}
     complied = {id: rates.get("harmful_compliance") for id, rates in measured["by_principle"].items()}
     return {
         **{name: rate["share"] for name, rate in rates.items()},

@@ -173,7 +173,7 @@ def _cut(one: Evaluation) -> Iterator[Flag]:
 
 def _enough(measures: Mapping[str, Any], name: str) -> bool:
     """Whether a share is of enough answers to worry about, as far as that is known."""
-    return measures.get("of", {}).get(name, FEW) >= FEW
+    return measures.get("of", {}).get(name, ENOUGH) >= ENOUGH
 
 
 def _stages(run: RunFacts) -> Iterator[Flag]:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from bylaw.report.behaviour import RATES
+
 NUMBER, SHARE, PAIR = "a finite number", "a number from 0 to 1", "two numbers from 0 to 1"
 _WORDS = {str: "text", dict: "a table", list: "a list"}
 
@@ -76,11 +78,7 @@ MANIFEST = {"seconds": NUMBER, "finished": str, "device": str, "counts?": COUNTS
 MANIFEST |= {"inputs?": {"base?": str}, "versions?": dict}
 RECIPE = optional(str, "base", "judge", "constitution", "last") | {"ppo?": {"reward?": str}}
 RECIPE |= optional(dict, "revise", "finetune", "compare", "label", "reward", "dpo", "judge_server", "lora")
-MEASURES = (
-    "complied_harmful", "refused_harmful", "refused_with_reason", "named_right_principle", "helpful_benign",
-    "over_refused", "evaded", "broken", "cut",
-)  # fmt: skip
-_MODEL = optional(SHARE, *MEASURES) | {"answers?": NUMBER, "complied_by_kind?": {"*?": SHARE}}
+_MODEL = optional(SHARE, *RATES, "refused_with_reason") | {"answers?": NUMBER, "complied_by_kind?": {"*?": SHARE}}
 _MODEL |= {"intervals?": {"*": _interval}}
 SUMMARY = optional(_MODEL, "base", "sl_cai", "rl_cai", "dpo_cai") | {"revision_curve?": [SHARE]}
 SUMMARY |= optional(SHARE, "label_accuracy", "label_ece", "whole_label_accuracy", "whole_label_ece")
@@ -88,17 +86,7 @@ SUMMARY |= optional(SHARE, "silent_refusal", "flips_on_amendment")
 SUMMARY |= optional(NUMBER, "labels_decided", "whole_labels_decided")
 SUMMARY |= {"label_reliability?": _bins, "amendment?": {"crossed_out?": str, "comparisons?": NUMBER}}
 _RATE = {"share": SHARE, "low": SHARE, "high": SHARE, "answers": NUMBER, "prompts": NUMBER}
-_RATES = (
-    "harmful_compliance",
-    "refused",
-    "named_right",
-    "helpfulness",
-    "over_refusal",
-    "evasive",
-    "broken",
-    "truncated",
-)
-_EVALUATED = optional(_RATE, *_RATES) | {"by_principle": {"*": optional(_RATE, "harmful_compliance")}}
+_EVALUATED = optional(_RATE, *RATES.values()) | {"by_principle": {"*": optional(_RATE, "harmful_compliance")}}
 EVALUATION = optional(_EVALUATED | {"counts": {"answers": NUMBER}}, "base", "sl_cai", "rl_cai", "dpo_cai")
 EVALUATION |= {"trained_on?": NUMBER, "asked?": {"files": [str]} | optional(NUMBER, "limit", "samples", "seed")}
 _KNOWN = {"read": NUMBER, "interval?": _interval} | optional(SHARE, "accuracy", "ece", "chance")

@@ -124,8 +124,8 @@ def _object(path: Path, form: Any) -> Record:
 
 
 def _each(top: Path, name: str, form: Any) -> list[Record]:
-    """The objects in files of one name, from `top` and the folders in it."""
-    return [_object(path, form) for path in sorted([*top.glob(name), *top.glob(f"*/{name}")])]
+    """The objects in files of one name, from the folders in `top`."""
+    return [_object(path, form) for path in sorted(top.glob(f"*/{name}"))]
 
 
 def _records(path: Path, state: State, form: Any) -> Iterator[Record]:

@@ -7,6 +7,7 @@ from bylaw.model.records import Record
 from bylaw.report.flag import ENOUGH, Flag, level
 from bylaw.report.forms import SIDES
 from bylaw.report.gather import RunFacts
+from bylaw.report.judged import asked_of
 from bylaw.report.shown import same
 from bylaw.words import many, percent, points
 
@@ -134,7 +135,7 @@ def _known(run: RunFacts) -> Iterator[Flag]:
 def _file(one: Mapping[str, Any]) -> Iterator[Flag]:
     if one["read"] < ENOUGH or one.get("accuracy") is None:
         return
-    things = f"{one['read']:,.0f} known answers of {one['file']}"
+    things = f"{one['read']:,.0f} known answers of {asked_of(one)}"
     chance = one["chance"] if one.get("chance") is not None else 0.5
     least = chance + ABOVE_CHANCE
     if one["accuracy"] < least:
@@ -144,7 +145,7 @@ def _file(one: Mapping[str, Any]) -> Iterator[Flag]:
         )
         yield Flag("worry", "The judge hardly knows better than chance", text)
     if one.get("ece") is not None and one["ece"] > ECE:
-        yield _uncalibrated(f"The judge is badly calibrated on {one['file']}", one["ece"], f" over {things}")
+        yield _uncalibrated(f"The judge is badly calibrated on {asked_of(one)}", one["ece"], f" over {things}")
 
 
 def _uncalibrated(title: str, ece: float, among: str) -> Flag:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from bylaw.model.records import Record
 from bylaw.report.figures import Axis, Point, bars, histogram, round_up, scatter
@@ -9,6 +10,7 @@ from bylaw.report.forms import SIDES
 from bylaw.report.gather import RunFacts
 from bylaw.report.panels import Panel
 from bylaw.report.shown import same, side
+from bylaw.rlaif.trust import LITTLE
 from bylaw.words import many, number, percent, points, signed
 
 BINS = 21
@@ -31,7 +33,7 @@ def judge(run: RunFacts) -> list[Panel]:
     return [panel for panel in found if panel]
 
 
-def asked_of(known: Record) -> str:
+def asked_of(known: Mapping[str, Any]) -> str:
     """The file of a judgement, and what sets it apart from others of the same file."""
     parts = [known["file"], f"the first {known['limit']}" if known.get("limit") else ""]
     asked = known.get("asked") or {}
@@ -39,6 +41,12 @@ def asked_of(known: Record) -> str:
     parts.append("as a chat" if asked.get("style") == "chat" else "")
     parts.append(f"begun with “{asked['prefix']}”" if asked.get("prefix") else "")
     return ", ".join(filter(None, parts))
+
+
+def unwilling(known: Mapping[str, Any]) -> float | None:
+    """The probability that a judge gives to letters, where it is so little that its answers by them say little."""
+    mass = (known.get("option_mass") or {}).get("mean")
+    return mass if known.get("by") == "letters" and mass is not None and mass < LITTLE else None
 
 
 def _counted(preferences: Sequence[Record]) -> Iterator[Record]:

@@ -98,7 +98,8 @@ def environment() -> jinja2.Environment:
         "signed": words.signed, "clip": words.clip, "duration": words.duration, "plain": plain_table,
     }  # fmt: skip
     made.globals |= {"diff": words.word_diff, "many": words.many, "story": story, "shown": shown, "strips": strips}
-    made.globals |= {"sides": conflicts.sides, "kept": flags.KEPT, "asked_of": judged.asked_of}
+    made.globals |= {"sides": conflicts.sides, "kept": flags.KEPT}
+    made.globals |= {"asked_of": judged.asked_of, "unwilling": judged.unwilling}
     return made
 
 
