@@ -35,6 +35,7 @@ def module_name(path: Path) -> str:
     return ".".join(("bylaw", *parts)).removesuffix(".__init__")
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every dotted name that a file imports, at its top or inside a function; `from a import b` is a and a.b."""
     return names_in(path.read_text(encoding="utf-8"), module_name(path) if path in modules().values() else "")
